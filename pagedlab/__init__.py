@@ -1,0 +1,1 @@
+"""pagedlab (being assembled)."""

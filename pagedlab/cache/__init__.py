@@ -1,0 +1,1 @@
+"""Blocks, tables, prefix reuse and tiers: decides and counts, holds no tensors."""

@@ -1,0 +1,506 @@
+"""The paged cache: pools of every tier, block tables, prefix reuse, copy-on-write, swapping.
+
+Every operation that can fail for lack of room is atomic: it succeeds, or returns False and nothing has changed,
+neither in the cache nor in what a policy has observed. Data to be copied is asked for as `Move`s, in order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from pagedlab import events as ev
+from pagedlab.cache.moves import Move
+from pagedlab.cache.pool import BlockPool
+from pagedlab.cache.table import BlockTable
+from pagedlab.errors import InvariantBroken
+from pagedlab.events import EventLog
+from pagedlab.policies.allocator import Allocator
+from pagedlab.policies.block import DEVICE, HOST, TIER_NAMES, Block
+from pagedlab.policies.eviction import Eviction
+from pagedlab.policies.lookup import NO_MATCH, Lookup, Match, Prefix
+from pagedlab.policies.swap import Swap
+
+
+class Memory(NamedTuple):
+    """Where the device tier's token slots are; the first six add up to the whole pool.
+
+    The kinds are those of Kwon et al. (SOSP 2023), figure 2, counted over sequences that hold blocks.
+    """
+
+    stored: int
+    """Slots that hold a computed token of a running sequence; shared ones counted once."""
+    reserved: int
+    """Held by running sequences for tokens that they may still produce."""
+    internal: int
+    """Held by running sequences and beyond anything that they can produce."""
+    external: int
+    """Free, and useless to the head of the queue because no run of them is long enough."""
+    cached: int
+    """In blocks that nobody uses and that a prefix can still find."""
+    free: int
+    """Free."""
+    saved: int
+    """Slots that sharing has saved: what would be stored besides if nobody shared."""
+
+
+class KVCache:
+    """Blocks of a device tier and perhaps a host tier, and the tables that hold them."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        allocator: Allocator,
+        lookup: Lookup,
+        eviction: Eviction,
+        swap: Swap,
+        host_blocks: int = 0,
+        host_eviction: Eviction | None = None,
+        host_allocator: Allocator | None = None,
+        null_block: bool = False,
+        events: EventLog | None = None,
+        on_prefetch_fate: Callable[[Block, str], None] | None = None,
+    ) -> None:
+        self.block_size = block_size
+        self.lookup = lookup
+        self.swap = swap
+        self.events = EventLog() if events is None else events
+        self.moves: deque[Move] = deque()
+        """Copies asked for and not yet carried out; the executor pops them from the left."""
+        self.device = BlockPool(
+            num_blocks, allocator, eviction, self._device_evicted, block_size=block_size, reserved=int(null_block)
+        )
+        self.host: BlockPool | None = None
+        if host_blocks:
+            if host_allocator is None or host_eviction is None:
+                raise ValueError("a host tier needs an allocator and an eviction policy of its own")
+            self.host = BlockPool(
+                host_blocks, host_allocator, host_eviction, self._host_evicted, tier=HOST, block_size=block_size
+            )
+        lookup.reset(block_size=block_size, num_tiers=2 if host_blocks else 1)
+        self._shares = lookup.granularity != "none"
+        self._evicting: list[Block] = []
+        self._prefetched: set[Block] = set()
+        self._on_prefetch_fate = on_prefetch_fate or (lambda block, fate: None)
+        self.hit_tokens = 0
+        self.scattered = False
+        """The last admission failed although enough blocks were free: no run was long enough."""
+        self._tokens = 0
+        self._promised = 0
+
+    # ---- finding -----------------------------------------------------------------------------------------------
+
+    def match(self, prefix: Prefix, max_tokens: int) -> Match:
+        """Return the longest cached prefix of at most ``max_tokens`` tokens. Changes nothing, counts as no use."""
+        return self.lookup.match(prefix, max_tokens) if self._shares else NO_MATCH
+
+    # ---- admitting and growing ---------------------------------------------------------------------------------
+
+    def admit(
+        self, table: BlockTable, match: Match, claim: int, *, spare: int = 0, readmitted: bool = False
+    ) -> bool:
+        """Give an empty table its matched prefix and room for ``claim`` tokens in all; leave ``spare`` blocks.
+
+        Matched blocks in the host tier get a device block each and a move. A partial match is copied.
+        """
+        size = self.block_size
+        hits, num_hits = match.blocks, len(match.blocks)
+        fresh = max(-(-claim // size), num_hits + (match.partial is not None)) - num_hits
+        low = [b for b in hits if b.tier] if self.host is not None else []
+        guarded = hits if match.partial is None else [*hits, match.partial]
+        protected = [b for b in guarded if b.tier == DEVICE]
+        need = fresh + len(low)
+        self.scattered = False
+        if not self.device.has_room(need + spare, protected) or not self.device.has_room(
+            need, protected, contiguous=True
+        ):
+            spare_blocks = self.device.num_free + self.device.num_cached
+            self.scattered = self.device.allocator.contiguous and spare_blocks >= need + spare
+            return False
+
+        now = self.events.time
+        self._observe(table, guarded, readmitted)
+        host_pins = [b for b in guarded if b.tier]
+        for block in host_pins:
+            self.host.share(block)  # type: ignore[union-attr]
+        for block in protected:
+            self.device.share(block)
+        taken = self.device.take(need, contiguous=True)
+        if taken is None:
+            raise InvariantBroken(f"{need} blocks were promised to sequence {table.seq_id} and are not there")
+        loads, rest = taken[: len(low)], taken[len(low) :]
+        blocks = hits
+        if low:
+            incoming = iter(loads)
+            blocks = [self._load(b, next(incoming), now) if b.tier else b for b in hits]
+            self.events.record(
+                ev.BLOCKS_LOADED, table.seq_id, [b.index for b in loads], [b.key or 0 for b in low], medium="host"
+            )
+        if match.partial is not None:
+            self.moves.append(Move(match.partial.tier, match.partial.index, DEVICE, rest[0].index))
+            self.events.record(ev.BLOCKS_COPIED, table.seq_id, (match.partial.index, rest[0].index))
+            (self.host if match.partial.tier else self.device).drop([match.partial], now)  # type: ignore[union-attr]
+        if host_pins:
+            self.host.drop([b for b in host_pins if b is not match.partial], now)  # type: ignore[union-attr]
+
+        table.blocks = [*blocks, *rest]
+        table.indices = [b.index for b in table.blocks]
+        table.num_tokens = match.num_tokens
+        table.num_published = num_hits
+        table.version += 1
+        if hits:
+            table.parent, table.parent_key = hits[-1].serial, hits[-1].key
+            self.events.record(
+                ev.PREFIX_HIT, table.seq_id, [b.index for b in blocks], detail=f"{match.num_tokens} tokens"
+            )
+        if rest:
+            self.events.record(ev.BLOCKS_ALLOCATED, table.seq_id, [b.index for b in rest])
+        self.hit_tokens += match.num_tokens
+        self._tokens += match.num_tokens
+        self._promised += self._within(table)
+        return True
+
+    def _observe(self, table: BlockTable, found: list[Block], readmitted: bool) -> None:
+        """Tell the eviction policies what this admission found and missed."""
+        if not self._shares:
+            return
+        hit, prefetched = self.device.eviction.hit, self._prefetched
+        for block in found:
+            block.hits += 1
+            if block.tier:
+                self.host.eviction.hit(block)  # type: ignore[union-attr]
+            else:
+                hit(block)
+                if prefetched and block in prefetched:
+                    prefetched.discard(block)
+                    self._on_prefetch_fate(block, "useful")
+        prefix = table.prefix
+        num_full = len(prefix.tokens) // self.block_size
+        miss = self.device.eviction.miss
+        keys = prefix.keys(num_full)
+        num_whole = len(found)
+        for i in range(num_whole, num_full):
+            miss(keys[i], readmitted)
+
+    def _load(self, source: Block, target: Block, now: int) -> Block:
+        """Make ``target`` (taken, in use) the device copy of a pinned host block."""
+        self.moves.append(Move(HOST, source.index, DEVICE, target.index))
+        target.key, target.parent, target.parent_key = source.key, source.parent, source.parent_key
+        target.content, target.salt, target.depth = source.content, source.salt, source.depth
+        target.session, target.request_class = source.session, source.request_class
+        published = self.lookup.publish(target)
+        target.serial = source.serial
+        if not published.indexed:
+            target.key = None
+            return target
+        if published.displaced is not None:
+            self._displace(published.displaced)
+        self.device.store(target, now)
+        target.hits = source.hits
+        return target
+
+    def grow(self, table: BlockTable, num_tokens: int) -> bool:
+        """Make room for ``num_tokens`` tokens in all, and make the block to be written next the table's own."""
+        blocks = table.blocks
+        extra = -(-num_tokens // self.block_size) - len(blocks)
+        offset = table.num_tokens % self.block_size
+        at = table.num_tokens // self.block_size
+        copy = offset != 0 and num_tokens > table.num_tokens and blocks[at].ref_count > 1
+        if extra <= 0 and not copy:
+            return True
+        extra = max(extra, 0)
+        taken = self.device.take(extra + copy, after=blocks[-1].index if blocks else None)
+        if taken is None:
+            return False
+        before = self._within(table)
+        if copy:
+            new, old = taken.pop(), blocks[at]
+            self.moves.append(Move(DEVICE, old.index, DEVICE, new.index))
+            self.device.drop([old], self.events.time)
+            blocks[at] = new
+            table.indices[at] = new.index
+            table.version += 1
+            self.events.record(ev.BLOCKS_COPIED, table.seq_id, (old.index, new.index))
+        if taken:
+            blocks += taken
+            table.indices += [b.index for b in taken]
+            self.events.record(ev.BLOCKS_ALLOCATED, table.seq_id, [b.index for b in taken])
+        self._promised += self._within(table) - before
+        return True
+
+    def fork(self, parent: BlockTable, child: BlockTable) -> None:
+        """Let ``child`` (empty) hold the same blocks as ``parent``, as far as they are filled. Never fails."""
+        size = self.block_size
+        held = -(-parent.num_tokens // size)
+        for i, block in enumerate(parent.blocks[:held]):
+            if block.ref_count == 1:
+                block.fill = min(size, parent.num_tokens - i * size)
+            self.device.share(block)
+        child.blocks = parent.blocks[:held]
+        child.indices = parent.indices[:held]
+        child.num_tokens = parent.num_tokens
+        child.num_published = parent.num_published
+        child.parent, child.parent_key = parent.parent, parent.parent_key
+        child.version += 1
+        self._tokens += child.num_tokens
+        self._promised += self._within(child)
+        self.events.record(ev.SEQUENCE_FORKED, child.seq_id, list(child.indices), detail=f"from {parent.seq_id}")
+
+    # ---- after a step ------------------------------------------------------------------------------------------
+
+    def commit(self, table: BlockTable, num_tokens: int) -> None:
+        """The next ``num_tokens`` tokens of the table are computed: publish the blocks that they complete."""
+        table.num_tokens += num_tokens
+        self._tokens += num_tokens
+        full = table.num_tokens // self.block_size
+        if full > table.num_published and self._shares:
+            self._publish(table, full)
+
+    def _publish(self, table: BlockTable, full: int) -> None:
+        prefix, publish, store = table.prefix, self.lookup.publish, self.device.store
+        keys, contents = prefix.keys(full), prefix.contents(full)
+        now = self.events.time
+        first_parent = table.parent_key
+        stored: list[Block] = []
+        parent, parent_key = table.parent, table.parent_key
+        for i in range(table.num_published, full):
+            block = table.blocks[i]
+            block.key = key = keys[i]
+            block.parent, block.parent_key, block.content = parent, parent_key, contents[i]
+            block.depth, block.salt = i * self.block_size, prefix.salt
+            serial, indexed, displaced = publish(block)
+            if indexed:
+                block.serial = serial
+                block.session, block.request_class = table.session, table.request_class
+                if displaced is not None:
+                    self._displace(displaced)
+                store(block, now)
+                stored.append(block)
+            else:
+                block.key = None
+            parent, parent_key = serial, key
+        table.num_published = full
+        table.parent, table.parent_key = parent, parent_key
+        if stored:
+            self.events.record(
+                ev.BLOCK_STORED,
+                table.seq_id,
+                [b.index for b in stored],
+                [b.key for b in stored],  # type: ignore[misc]
+                first_parent,
+                token_ids=[b.content for b in stored],
+            )
+
+    def _displace(self, orphan: Block) -> None:
+        """A block whose parent is gone makes way for its recomputed copy."""
+        self._record_removed([orphan], TIER_NAMES[orphan.tier], "orphan")
+        self._prefetched.discard(orphan)
+        pool = self.host if orphan.tier else self.device
+        pool.blank(orphan)  # type: ignore[union-attr]
+
+    # ---- giving up ---------------------------------------------------------------------------------------------
+
+    def release(self, table: BlockTable) -> None:
+        """Let go of everything that the table holds, tail first; published blocks stay cached."""
+        if table.host_blocks:
+            self.host.drop(table.host_blocks[::-1], self.events.time)  # type: ignore[union-attr]
+            table.host_blocks = []
+        if table.blocks:
+            self._tokens -= table.num_tokens
+            self._promised -= self._within(table)
+            self.device.drop(table.blocks[::-1], self.events.time)
+            self.events.record(ev.BLOCKS_RELEASED, table.seq_id, table.indices)
+        table.blank()
+
+    def swap_out(self, table: BlockTable) -> bool:
+        """Copy the table's computed blocks to the host tier and give up the device's; False if there is no room."""
+        used = -(-table.num_tokens // self.block_size)
+        if self.host is None or used == 0:
+            return False
+        targets = self.host.take(used)
+        if targets is None:
+            return False
+        for block, target in zip(table.blocks, targets):
+            self.moves.append(Move(DEVICE, block.index, HOST, target.index))
+        self.events.record(
+            ev.BLOCKS_SAVED, table.seq_id, [b.index for b in targets], medium="host", detail="preempted"
+        )
+        self._tokens -= table.num_tokens
+        self._promised -= self._within(table)
+        self.device.drop(table.blocks[::-1], self.events.time)
+        self.events.record(ev.BLOCKS_RELEASED, table.seq_id, table.indices)
+        table.blocks, table.indices = [], []
+        table.host_blocks = targets
+        table.version += 1
+        return True
+
+    def swap_in(self, table: BlockTable, claim: int, *, spare: int = 0) -> bool:
+        """Bring a swapped table back with room for ``claim`` tokens; False if there is no room."""
+        used = len(table.host_blocks)
+        need = max(-(-claim // self.block_size), used)
+        if not self.device.has_room(need + spare):
+            return False
+        taken = self.device.take(need)
+        if taken is None:
+            return False
+        for source, target in zip(table.host_blocks, taken):
+            self.moves.append(Move(HOST, source.index, DEVICE, target.index))
+        table.blocks, table.indices = taken, [b.index for b in taken]
+        self.events.record(ev.BLOCKS_ALLOCATED, table.seq_id, list(table.indices))
+        self.events.record(ev.BLOCKS_LOADED, table.seq_id, table.indices[:used], medium="host", detail="resumed")
+        self.host.drop(table.host_blocks[::-1], self.events.time)  # type: ignore[union-attr]
+        table.host_blocks = []
+        table.version += 1
+        self._tokens += table.num_tokens
+        self._promised += self._within(table)
+        return True
+
+    def prefetch(self, block: Block) -> bool:
+        """Bring a cached host block up into a free device block; False if none is free or it is there already."""
+        if self.host is None or block.tier != HOST or block.key is None or not self.device.num_free:
+            return False
+        if self.lookup.copy_in(block, DEVICE) is not None:
+            return False
+        taken = self.device.take(1)
+        if taken is None:
+            return False
+        now = self.events.time
+        self._load(block, taken[0], now)
+        if taken[0].key is not None:
+            self._prefetched.add(taken[0])
+            self.events.record(ev.BLOCKS_PREFETCHED, blocks=(taken[0].index,), keys=(block.key,), medium="host")
+        self.device.drop(taken, now)
+        return True
+
+    def distrust(self, table: BlockTable) -> None:
+        """Forget every prefix that the table's blocks stand for, in every tier: their content may be wrong."""
+        for block in table.blocks:
+            if block.key is None:
+                continue
+            copies = [block] if self.host is None else [block, self.lookup.copy_in(block, HOST)]
+            for copy in copies:
+                if copy is not None:
+                    self.lookup.forget(copy)
+                    self._record_removed([copy], TIER_NAMES[copy.tier], "distrusted")
+                    (self.host if copy.tier else self.device).blank(copy)  # type: ignore[union-attr]
+
+    def clear(self) -> None:
+        """Forget every cached prefix in every tier. Running sequences keep their blocks, which nobody else finds."""
+        for pool in self._pools():
+            for block in pool.blocks:
+                if block.key is not None:
+                    self.lookup.forget(block)
+                    pool.blank(block)
+        self._prefetched.clear()
+        self.events.record(ev.ALL_BLOCKS_CLEARED)
+
+    # ---- evicting ----------------------------------------------------------------------------------------------
+
+    def _device_evicted(self, blocks: list[Block]) -> None:
+        forget, prefetched = self.lookup.forget, self._prefetched
+        keep = self.host is not None
+        for block in blocks:
+            if prefetched and block in prefetched:
+                prefetched.discard(block)
+                self._on_prefetch_fate(block, "useless")
+            if keep and self.swap.store(block):
+                self._keep_on_host(block)
+            forget(block)
+        self._record_removed(blocks)
+
+    def _record_removed(self, blocks: list[Block], medium: str = "device", detail: str = "") -> None:
+        self.events.record(
+            ev.BLOCK_REMOVED,
+            -1,
+            [b.index for b in blocks],
+            [b.key for b in blocks],  # type: ignore[misc]
+            None,
+            medium,
+            detail,
+        )
+
+    def _keep_on_host(self, block: Block) -> None:
+        """Copy a victim's content to the host tier, unless it is there."""
+        host, lookup = self.host, self.lookup
+        assert host is not None
+        if lookup.copy_in(block, HOST) is not None:
+            return
+        taken = host.take(1)
+        if taken is None:
+            return
+        copy, now = taken[0], self.events.time
+        copy.key, copy.parent, copy.parent_key = block.key, block.parent, block.parent_key
+        copy.content, copy.salt, copy.depth = block.content, block.salt, block.depth
+        copy.session, copy.request_class = block.session, block.request_class
+        published = lookup.publish(copy)
+        if published.displaced is not None:
+            self._displace(published.displaced)
+        copy.serial = block.serial
+        if published.indexed:
+            self.moves.append(Move(DEVICE, block.index, HOST, copy.index))
+            host.store(copy, now)
+            copy.hits = block.hits
+            self.events.record(
+                ev.BLOCK_STORED, -1, (copy.index,), (block.key or 0,), block.parent_key, medium="host"
+            )
+        else:
+            copy.key = None
+        host.drop(taken, now)
+
+    def _host_evicted(self, blocks: list[Block]) -> None:
+        for block in blocks:
+            self.lookup.forget(block)
+        self._record_removed(blocks, "host")
+
+    # ---- accounting --------------------------------------------------------------------------------------------
+
+    def _within(self, table: BlockTable) -> int:
+        """Token slots of the table that its sequence can come to fill."""
+        return min(len(table.blocks) * self.block_size, table.final_len)
+
+    def memory(self) -> Memory:
+        """Return where the device tier's token slots are now. O(1)."""
+        size, pool = self.block_size, self.device
+        held = pool.num_in_use * size
+        stored = self._tokens - pool.saved_tokens
+        reserved = max(0, min(self._promised - self._tokens, held - stored))
+        free = pool.num_free * size
+        external = free if self.scattered else 0
+        return Memory(
+            stored,
+            reserved,
+            held - stored - reserved,
+            external,
+            pool.num_cached * size,
+            free - external,
+            pool.saved_tokens,
+        )
+
+    def _pools(self) -> list[BlockPool]:
+        return [self.device] if self.host is None else [self.device, self.host]
+
+    def check(self, tables: Iterable[BlockTable]) -> None:
+        """Raise `InvariantBroken` unless law 1 holds for ``tables``, which must be all that hold blocks. O(pool)."""
+        tables = list(tables)
+        for pool in self._pools():
+            pool.check()
+            held: dict[Block, int] = {}
+            for table in tables:
+                for block in table.host_blocks if pool.tier else table.blocks:
+                    held[block] = held.get(block, 0) + 1
+            for block in pool.blocks:
+                if block.ref_count != held.get(block, 0):
+                    raise InvariantBroken(f"{block!r}: count {block.ref_count}, held by {held.get(block, 0)} tables")
+        if sum(t.num_tokens for t in tables if t.blocks) != self._tokens:
+            raise InvariantBroken("tokens in tables do not add up")
+        memory = self.memory()
+        if sum(memory[:6]) != self.device.capacity * self.block_size or min(memory) < 0:
+            raise InvariantBroken(f"memory does not add up: {memory}")
+        for table in tables:
+            if table.blocks and table.num_tokens > len(table.blocks) * self.block_size:
+                raise InvariantBroken(f"sequence {table.seq_id}: {table.num_tokens} tokens in {len(table.blocks)} blocks")
+            if table.indices != [b.index for b in table.blocks]:
+                raise InvariantBroken(f"sequence {table.seq_id}: table and indices differ")

@@ -1,0 +1,191 @@
+"""The blocks of one tier: who is free, in use, cached; where the next one comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from pagedlab.errors import InvariantBroken, PolicyError
+from pagedlab.policies.allocator import Allocator
+from pagedlab.policies.block import DEVICE, TIER_NAMES, Block
+from pagedlab.policies.eviction import Eviction
+
+
+class BlockPool:
+    """Hands out blocks, counts who holds them, and evicts cached ones when free ones run out.
+
+    ``on_evict(blocks)`` is called with the victims while their identity can still be read; afterwards they are blank.
+    The first ``reserved`` blocks are never handed out (a null block).
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        allocator: Allocator,
+        eviction: Eviction,
+        on_evict: Callable[[list[Block]], None],
+        *,
+        tier: int = DEVICE,
+        block_size: int,
+        reserved: int = 0,
+    ) -> None:
+        self.tier = tier
+        self.block_size = block_size
+        self.blocks = [Block(i, tier) for i in range(num_blocks)]
+        self.reserved = reserved
+        self.allocator = allocator
+        self.eviction = eviction
+        self.num_cached = 0
+        """Blocks with count 0 that can still be found."""
+        self.saved_tokens = 0
+        """Tokens that would have to be stored again if nobody shared a block."""
+        self._on_evict = on_evict
+        self._born = 0
+        allocator.reset(range(reserved, num_blocks))
+        eviction.reset(capacity=num_blocks - reserved)
+
+    @property
+    def capacity(self) -> int:
+        """Blocks that can be handed out at all."""
+        return len(self.blocks) - self.reserved
+
+    @property
+    def num_free(self) -> int:
+        """Blocks whose content nobody can find."""
+        return self.allocator.num_free
+
+    @property
+    def num_in_use(self) -> int:
+        """Blocks that some table holds."""
+        return self.capacity - self.allocator.num_free - self.num_cached
+
+    def has_room(self, n: int, protected: Collection[Block] = (), *, contiguous: bool = False) -> bool:
+        """Whether `take` would succeed. ``protected`` cached blocks cannot be evicted. Changes nothing."""
+        spare = self.num_cached - sum(1 for b in protected if b.ref_count == 0)
+        if self.allocator.num_free + spare < n:
+            return False
+        if not contiguous or not self.allocator.contiguous or n < 2:
+            return True
+        guarded = set(protected)
+        also = [b.index for b in self.blocks if b.key is not None and b.ref_count == 0 and b not in guarded]
+        return self.allocator.fits(n, also)
+
+    def take(
+        self, n: int, protected: Collection[Block] = (), *, after: int | None = None, contiguous: bool = False
+    ) -> list[Block] | None:
+        """Hand out ``n`` blocks with count 1, evicting as needed, or return None with nothing changed.
+
+        ``contiguous`` insists on what a contiguous allocator promises; without it such an allocator may serve
+        several runs (a sequence that grows).
+        """
+        if n == 0:
+            return []
+        allocator = self.allocator
+        short = n - allocator.num_free
+        if short > 0 and not self.has_room(n, protected, contiguous=contiguous):
+            return None
+        if short > 0:
+            self._evict(short, protected)
+        indices = allocator.allocate(n, after)
+        if indices is None:
+            if contiguous:
+                if not self.has_room(n, protected, contiguous=True):
+                    return None
+                while indices is None:
+                    self._evict(1, protected)
+                    indices = allocator.allocate(n, after)
+            else:
+                indices = self._piecewise(n, after)
+        blocks = self.blocks
+        taken = [blocks[i] for i in indices]
+        for block in taken:
+            block.ref_count = 1
+        return taken
+
+    def _piecewise(self, n: int, after: int | None) -> list[int]:
+        indices: list[int] = []
+        while len(indices) < n:
+            piece = self.allocator.allocate(1, after)
+            if piece is None:
+                raise PolicyError(
+                    f"allocator {type(self.allocator).__name__} reports {self.allocator.num_free} free blocks and refuses one"
+                )
+            indices += piece
+            after = piece[-1]
+        return indices
+
+    def _evict(self, n: int, protected: Collection[Block]) -> None:
+        victims = self.eviction.victims(n, protected)
+        if len(set(victims)) != n or len(victims) != n:
+            raise PolicyError(
+                f"eviction {type(self.eviction).__name__} named {len(set(victims))} victims of {n}, "
+                f"though {self.num_cached} blocks are cached"
+            )
+        for block in victims:
+            if block.ref_count or block.key is None or block in protected:
+                raise PolicyError(f"eviction {type(self.eviction).__name__} named {block!r}, which it must not")
+        self._on_evict(victims)
+        remove = self.eviction.remove
+        for block in victims:
+            remove(block)
+            block.key = None
+        self.num_cached -= n
+        self.allocator.free([block.index for block in victims])
+
+    def share(self, block: Block) -> None:
+        """One more holder of a block that is in use or cached."""
+        if block.ref_count == 0:
+            self.num_cached -= 1
+        else:
+            self.saved_tokens += block.fill
+        block.ref_count += 1
+
+    def store(self, block: Block, now: int) -> None:
+        """The block in use can be found from now on (key, serial and content are set)."""
+        self._born += 1
+        block.born = self._born
+        block.created = now
+        block.hits = 0
+        block.fill = self.block_size
+        self.eviction.insert(block)
+
+    def drop(self, blocks: Sequence[Block], now: int) -> None:
+        """One holder less of each block, in this order; those that nobody holds become cached or free."""
+        free: list[int] = []
+        release = self.eviction.release
+        for block in blocks:
+            block.ref_count -= 1
+            if block.ref_count:
+                self.saved_tokens -= block.fill
+            elif block.key is not None:
+                block.last_released = now
+                self.num_cached += 1
+                release(block)
+            else:
+                free.append(block.index)
+        if free:
+            self.allocator.free(free)
+
+    def blank(self, block: Block) -> None:
+        """The block can no longer be found; if nobody holds it, it is free."""
+        self.eviction.remove(block)
+        block.key = None
+        if block.ref_count == 0:
+            self.num_cached -= 1
+            self.allocator.free([block.index])
+
+    def check(self) -> None:
+        """Raise `InvariantBroken` unless free + in use + cached = total."""
+        in_use = sum(1 for b in self.blocks if b.ref_count > 0)
+        cached = sum(1 for b in self.blocks if b.ref_count == 0 and b.key is not None)
+        name = TIER_NAMES[self.tier]
+        if cached != self.num_cached:
+            raise InvariantBroken(f"{name}: {cached} blocks are cached, {self.num_cached} counted")
+        if in_use + cached + self.num_free != self.capacity:
+            raise InvariantBroken(
+                f"{name}: {self.num_free} free + {in_use} in use + {cached} cached != {self.capacity} blocks"
+            )
+        if any(b.ref_count < 0 for b in self.blocks):
+            raise InvariantBroken(f"{name}: a reference count is negative")
+        saved = sum((b.ref_count - 1) * b.fill for b in self.blocks if b.ref_count > 1)
+        if saved != self.saved_tokens:
+            raise InvariantBroken(f"{name}: {saved} tokens are saved by sharing, {self.saved_tokens} counted")

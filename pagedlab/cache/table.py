@@ -1,0 +1,79 @@
+"""A sequence's block table."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from pagedlab.policies.block import Block
+from pagedlab.policies.lookup import Prefix
+
+
+class BlockTable:
+    """Logical block i of a sequence lies in ``blocks[i]``::
+
+        tokens   |<------- num_tokens ------->|<- reserved ->|
+        blocks   |   b0   |   b1   |   b2   |   b3   |   b4   |
+                 |<- num_published ->|
+
+    Owned by the cache, which alone changes it. ``version`` changes whenever the table did other than grow at its end.
+    """
+
+    __slots__ = (
+        "blocks",
+        "final_len",
+        "host_blocks",
+        "indices",
+        "num_published",
+        "num_tokens",
+        "parent",
+        "parent_key",
+        "prefix",
+        "request_class",
+        "seq_id",
+        "session",
+        "version",
+    )
+
+    def __init__(
+        self,
+        seq_id: int,
+        prefix: Prefix,
+        final_len: int,
+        *,
+        session: str | None = None,
+        request_class: str | None = None,
+    ) -> None:
+        self.seq_id = seq_id
+        self.prefix = prefix
+        self.final_len = final_len
+        """Tokens that the sequence may come to store at most: what lies beyond in its blocks is never used."""
+        self.session = session
+        self.request_class = request_class
+        self.blocks: list[Block] = []
+        self.indices: list[int] = []
+        """Physical numbers of ``blocks``."""
+        self.num_tokens = 0
+        """Tokens whose keys and values are computed."""
+        self.num_published = 0
+        """Leading blocks whose content has been offered to the lookup."""
+        self.parent: Hashable = (prefix.salt,)
+        """Serial of the last published content, or the salt before the first."""
+        self.parent_key: int | None = None
+        self.version = 0
+        self.host_blocks: list[Block] = []
+        """Where the sequence lies while it is swapped out."""
+
+    @property
+    def swapped(self) -> bool:
+        """True while the sequence's keys and values are in the host tier."""
+        return bool(self.host_blocks)
+
+    def blank(self) -> None:
+        """Forget everything but the tokens: the sequence starts over."""
+        self.blocks = []
+        self.indices = []
+        self.num_tokens = 0
+        self.num_published = 0
+        self.parent = (self.prefix.salt,)
+        self.parent_key = None
+        self.version += 1

@@ -1,0 +1,559 @@
+"""The step loop.
+
+    requests ──▶ step():  1. arrivals   whose time has come join the queue
+                          2. scheduler  asks; the engine grants: prefix, room, preemption, budget     ─▶ StepOrders
+                          3. prefetch   fills what is free
+                          4. executor   carries out the moves, runs the batch, samples                ─▶ StepResult
+                          5. commit     appends tokens, publishes full blocks, forks, finishes
+
+Nothing of a step counts before its result is in: if the executor raises, the same work is ordered again by the next
+call. Requests that can never run are refused by name when they are added, and the others go on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence as ReadOnly
+from dataclasses import dataclass, field
+from functools import cached_property
+from heapq import heappop, heappush
+
+from pagedlab import events as ev
+from pagedlab.cache.kv_cache import KVCache, Memory
+from pagedlab.cache.table import BlockTable
+from pagedlab.config import Config
+from pagedlab.engine.clock import Clock, WallClock, to_ps
+from pagedlab.engine.orders import Executor, SequenceStep, StepOrders, StepResult
+from pagedlab.engine.request import Request
+from pagedlab.engine.sequence import Group, Sequence, Status
+from pagedlab.errors import ConfigError, PagedLabError, PolicyError, RequestTooLarge
+from pagedlab.events import EventLog
+from pagedlab.policies.block import Block
+from pagedlab.policies.lookup import NO_MATCH
+from pagedlab.policies.prefetch import Prefetch
+from pagedlab.policies.preemption import Preemption
+from pagedlab.policies.reservation import Reservation
+from pagedlab.policies.scheduler import Schedulable, Scheduler
+from pagedlab.registry import make
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """What one step did: a row of ``run.steps``, and of ``run.memory``."""
+
+    step: int
+    start: int
+    duration: int
+    num_running: int
+    num_waiting: int
+    prefill_tokens: int
+    decode_tokens: int
+    moves: int
+    preemptions: int
+    """Since the run began."""
+    memory: Memory
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counts over a run."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    hit_tokens: int = 0
+    lookup_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+    swapped_out: int = 0
+    prefetch: dict[str, int] = field(default_factory=lambda: {"done": 0, "refused": 0, "useful": 0, "useless": 0})
+
+
+class Engine:
+    """Requests in, tokens and events out; policies decide, one executor does the work."""
+
+    def __init__(
+        self,
+        config: Config,
+        executor: Executor,
+        *,
+        clock: Clock | None = None,
+        events: EventLog | None = None,
+    ) -> None:
+        self.config = config
+        self.executor = executor
+        self.clock = clock or WallClock()
+        self.events = EventLog() if events is None else events
+        self.max_model_len = min(config.max_model_len or executor.max_model_len, executor.max_model_len)
+        policies = {slot: config.policy(slot).clone() for slot in _ENGINE_SLOTS}
+        self._scheduler: Scheduler = policies["scheduler"]  # type: ignore[assignment]
+        self._preemption: Preemption = policies["preemption"]  # type: ignore[assignment]
+        self._reservation: Reservation = policies["reservation"]  # type: ignore[assignment]
+        self._prefetch: Prefetch = policies["prefetch"]  # type: ignore[assignment]
+        host_blocks = config.num_host_blocks
+        self.cache = KVCache(
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            allocator=policies["allocator"],  # type: ignore[arg-type]
+            lookup=policies["lookup"],  # type: ignore[arg-type]
+            eviction=policies["eviction"],  # type: ignore[arg-type]
+            swap=policies["swap"],  # type: ignore[arg-type]
+            host_blocks=host_blocks,
+            host_eviction=make("eviction", policies["swap"].host_eviction()) if host_blocks else None,  # type: ignore[attr-defined, arg-type]
+            host_allocator=make("allocator", "free-list") if host_blocks else None,  # type: ignore[arg-type]
+            null_block=config.null_block,
+            events=self.events,
+            on_prefetch_fate=self._prefetch_fate,
+        )
+        self._scheduler.reset()
+        self._prefetch.reset()
+        self.waiting: deque[Sequence] = deque()
+        """The queue, front first."""
+        self.running: list[Sequence] = []
+        """Sequences that hold device blocks, oldest admission first."""
+        self.finished: list[Sequence] = []
+        self.groups: dict[str, Group] = {}
+        self.steps: list[StepRecord] = []
+        self.totals = Totals()
+        self._future: list[tuple[int, int, Group]] = []
+        self._ended: list[int] = []
+        self._num_groups = 0
+        self._num_sequences = 0
+        self._standing: list[Sequence] = []
+        """While the last decision stands: who decodes one token a step, in order, without asking the scheduler."""
+        executor.prepare(
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            host_blocks=host_blocks,
+            max_num_seqs=config.max_num_seqs,
+        )
+        self.clock.start()
+
+    # ---- requests ----------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> Group:
+        """Take a request in; it joins the queue at its arrival time (or now, if that has passed).
+
+        One that can never run is refused at once: its sequences are finished with reason ``"refused"`` and the
+        error. A second request of the same id raises `ConfigError`.
+        """
+        if request.request_id in self.groups:
+            raise ConfigError(f"request id {request.request_id!r} is used twice; ids must be unique")
+        arrival = max(to_ps(request.arrival), 0)
+        group = Group(request, arrival, self._num_groups)
+        self._num_groups += 1
+        self.groups[request.request_id] = group
+        leader = self._new_sequence(group, 0, list(request.prompt))
+        leader.to_fork = request.sampling.n - 1
+        group.sequences.append(leader)
+        try:
+            self._check_fits(leader)
+        except PagedLabError as error:
+            self._refuse(leader, error)
+            return group
+        heappush(self._future, (arrival, group.order, group))
+        return group
+
+    def _new_sequence(self, group: Group, sample_index: int, tokens: list[int]) -> Sequence:
+        prompt_len = len(group.request.prompt)
+        max_len = min(prompt_len + group.request.sampling.max_tokens, self.max_model_len)
+        seq = Sequence(self._num_sequences, group, sample_index, tokens, max_len, self.config.block_size)
+        self._num_sequences += 1
+        return seq
+
+    def _check_fits(self, seq: Sequence) -> None:
+        """Raise if the sequence could not even run alone."""
+        name, sampling = f"request {seq.request_id!r}", seq.group.request.sampling
+        if not seq.tokens:
+            raise ConfigError(f"{name} has an empty prompt; at least 1 token is needed")
+        if seq.prompt_len >= self.max_model_len:
+            raise RequestTooLarge(
+                f"{name}: prompt of {seq.prompt_len} tokens and 1 of output",
+                seq.prompt_len + 1,
+                self.max_model_len,
+                "tokens",
+                "the longest that this model and max_model_len allow",
+            )
+        if sampling.n > self.config.max_num_seqs:
+            raise RequestTooLarge(f"{name}: n={sampling.n}", sampling.n, self.config.max_num_seqs, "sequences")
+        if sampling.stop and self.executor.detokenize([]) is None:
+            raise ConfigError(f"{name} has stop strings, but the model has no tokenizer; use stop_token_ids")
+        claim = max(self._reservation.claim(seq, seq.prompt_len, self.max_model_len), seq.table.final_len)
+        needed = -(-claim // self.config.block_size)
+        if needed > self.cache.device.capacity:
+            raise RequestTooLarge(
+                f"{name}: {claim} tokens in blocks of {self.config.block_size}",
+                needed,
+                self.cache.device.capacity,
+                "blocks",
+                "raise num_blocks, or lower max_tokens or the reservation",
+            )
+
+    def _refuse(self, seq: Sequence, error: PagedLabError) -> None:
+        seq.error = str(error)
+        self.events.record(ev.REQUEST_REFUSED, seq.seq_id, detail=seq.error)
+        self._retire(seq, "refused")
+
+    def cancel(self, request_id: str) -> bool:
+        """End every sequence of a request, wherever it stands; False if it is unknown or has ended."""
+        group = self.groups.get(request_id)
+        alive = [s for s in group.sequences if s.status is not Status.FINISHED] if group else []
+        for seq in alive:
+            self._finish(seq, "cancelled")
+        return bool(alive)
+
+    @property
+    def has_work(self) -> bool:
+        """True while a request is running, waiting or yet to arrive."""
+        return bool(self.running or self.waiting or self._future)
+
+    def clear_cache(self) -> None:
+        """Forget every cached prefix."""
+        self.cache.clear()
+
+    # ---- one step ----------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Run one step; False if there was nothing left to do.
+
+        Whatever the executor raises comes through, and the engine can be stepped again: the step has not happened.
+        """
+        if not self._await_work():
+            return False
+        start = self.events.time
+        orders = self._plan()
+        num_moves = len(self.cache.moves)
+        if self.cache.moves:
+            self.executor.move(self.cache.moves)
+        result = self.executor.execute(orders)
+        self._ended = []
+        self.clock.step_done(result.duration_ps)
+        self.events.time = self.clock.now()
+        self._commit(orders, result, start, num_moves)
+        self.events.step += 1
+        return True
+
+    def run(self, max_steps: int | None = None) -> None:
+        """Step until nothing is left to do, or ``max_steps`` have run."""
+        while (max_steps is None or max_steps > 0) and self.step():
+            if max_steps is not None:
+                max_steps -= 1
+
+    def _await_work(self) -> bool:
+        """Let arrivals in; with nothing else to do, wait for the next one. False if there is none."""
+        self.events.time = self.clock.now()
+        self._let_in()
+        while not self.running and not self.waiting and self._future:
+            self.clock.wait_until(self._future[0][0])
+            self.events.time = max(self.clock.now(), self._future[0][0])
+            self._let_in()
+        return bool(self.running or self.waiting)
+
+    def _let_in(self) -> None:
+        while self._future and self._future[0][0] <= self.events.time:
+            _, _, group = heappop(self._future)
+            for seq in group.sequences:
+                if seq.status is Status.WAITING:
+                    self.waiting.append(seq)
+                    self._standing = []
+                    self.events.record(ev.REQUEST_ARRIVED, seq.seq_id, detail=seq.request_id)
+
+    def _plan(self) -> StepOrders:
+        plan = _Plan(self)
+        self.cache.scattered = False
+        if self._standing:
+            for seq in tuple(self._standing):
+                plan.grant(seq, 1)
+        else:
+            decision = self._scheduler.plan(plan)
+            # A decision that cost somebody their blocks was made for another set of sequences.
+            self._standing = list(plan.entries) if decision is not None and not plan.lost else []
+        if not plan.entries:
+            self._standing = []
+            raise PolicyError(
+                f"scheduler {type(self._scheduler).__name__} granted nothing, with {len(self.running)} sequences "
+                f"running and {len(self.waiting)} waiting: it would stall for ever"
+            )
+        if self._prefetch.enabled and self.waiting:
+            self._run_prefetch()
+        batch = [self._entry(seq, n) for seq, n in plan.entries.items()]
+        return StepOrders(self.events.step, self.cache.moves, batch, self._ended)
+
+    def _entry(self, seq: Sequence, n: int) -> SequenceStep:
+        start = seq.table.num_tokens
+        end = start + n
+        return SequenceStep(
+            seq_id=seq.seq_id,
+            tokens=seq.tokens[start:end],
+            start=start,
+            table=seq.table.indices,
+            table_version=seq.table.version,
+            num_samples=0 if end < len(seq.tokens) else 1 + seq.to_fork,
+            sample_index=seq.sample_index,
+            sampling=seq.group.request.sampling,
+            history=seq.tokens,
+        )
+
+    def _run_prefetch(self) -> None:
+        loads = self._prefetch.plan(tuple(self.waiting), _Residency(self.cache), self.config.prefetch_budget)
+        for load in loads[: self.config.prefetch_budget]:
+            self._prefetch_fate(load.block, "done" if self.cache.prefetch(load.block) else "refused")
+
+    def _prefetch_fate(self, block: Block, fate: str) -> None:
+        self.totals.prefetch[fate] += 1
+        self._prefetch.feedback(block, fate)  # type: ignore[arg-type]
+
+    # ---- room --------------------------------------------------------------------------------------------------
+
+    def _admit(self, seq: Sequence, tokens: int, budget: int, whole: bool, alone: bool) -> int:
+        """Give a waiting sequence its prefix and room; return the tokens granted."""
+        spare = self.config.watermark_blocks if self.running else 0
+        table = seq.table
+        if table.swapped:
+            n = self._cut(seq.remaining, tokens, budget, whole, alone)
+            if not n or not self.cache.swap_in(table, self._claim(seq, table.num_tokens + n), spare=spare):
+                return 0
+            self.events.record(ev.REQUEST_RESUMED, seq.seq_id, detail="swap")
+            return n
+        readmitted = seq.admitted_at is not None
+        match = self.cache.match(table.prefix, len(seq.tokens) - 1)
+        while True:
+            n = self._cut(len(seq.tokens) - match.num_tokens, tokens, budget, whole, alone)
+            if not n:
+                return 0
+            claim = self._claim(seq, match.num_tokens + n)
+            if self.cache.admit(table, match, claim, spare=spare, readmitted=readmitted):
+                break
+            if self.running or not match.num_tokens:
+                return 0
+            # Alone, and the prefix itself is in the way (pinned, or splitting the only run): start from nothing.
+            match = NO_MATCH
+        if readmitted:
+            self.events.record(ev.REQUEST_RESUMED, seq.seq_id, detail="recompute")
+            seq.recomputed_tokens += max(0, len(seq.tokens) - 1 - match.num_tokens)
+            self.totals.recomputed_tokens += max(0, len(seq.tokens) - 1 - match.num_tokens)
+        else:
+            seq.admitted_at = self.events.time
+            seq.hit_tokens = match.num_tokens
+            self.totals.hit_tokens += match.num_tokens
+            self.totals.lookup_tokens += len(seq.tokens)
+            self.totals.prompt_tokens += seq.prompt_len
+            self.events.record(ev.REQUEST_ADMITTED, seq.seq_id, detail=seq.request_id)
+        return n
+
+    def _claim(self, seq: Sequence, step_end: int) -> int:
+        """Tokens to have room for at admission: the reservation's word, within what one sequence can ever get."""
+        claim = self._reservation.claim(seq, step_end, self.max_model_len)
+        return max(step_end, min(claim, self.cache.device.capacity * self.config.block_size))
+
+    @staticmethod
+    def _cut(remaining: int, tokens: int, budget: int, whole: bool, alone: bool) -> int:
+        """How much of ``remaining`` fits the request and the step's budget."""
+        if whole:
+            return remaining if remaining <= budget or alone else 0
+        return max(0, min(remaining, tokens, budget))
+
+    def _make_room(self, seq: Sequence, num_tokens: int, plan: _Plan) -> bool:
+        """Grow a running sequence, at others' cost if need be; False if it was preempted itself."""
+        while not self.cache.grow(seq.table, num_tokens):
+            self._standing = []
+            oldest = min(self.running, key=lambda s: (s.group.order, s.sample_index))
+            candidates = [s for s in self.running if s is not oldest]
+            if not candidates:
+                raise PolicyError(
+                    f"sequence {seq.seq_id} is alone and has no room for {num_tokens} tokens: "
+                    f"allocator {type(self.cache.device.allocator).__name__} refuses blocks that are free"
+                )
+            victim = self._preemption.choose(candidates)
+            if victim not in candidates:
+                raise PolicyError(f"preemption {type(self._preemption).__name__} chose {victim!r}, which was not offered")
+            self._preempt(victim)
+            plan.entries.pop(victim, None)
+            plan.lost.add(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        swapped = self._preemption.mode(seq) == "swap" and self.cache.swap_out(seq.table)
+        if not swapped:
+            self.cache.release(seq.table)
+        seq.num_preemptions += 1
+        self.totals.preemptions += 1
+        self.totals.swapped_out += swapped
+        self.running.remove(seq)
+        seq.status = Status.WAITING
+        self.waiting.appendleft(seq)
+        self._ended.append(seq.seq_id)
+        self.events.record(ev.REQUEST_PREEMPTED, seq.seq_id, detail="swap" if swapped else "recompute")
+
+    # ---- after the executor ------------------------------------------------------------------------------------
+
+    def _commit(self, orders: StepOrders, result: StepResult, start: int, num_moves: int) -> None:
+        by_id = {seq.seq_id: seq for seq in self.running}
+        done: list[tuple[Sequence, list[int]]] = []
+        for i, entry in enumerate(orders.batch):
+            seq = by_id[entry.seq_id]
+            if i in result.failures:
+                seq.error = result.failures[i]
+                self.cache.distrust(seq.table)
+                self._finish(seq, "error")
+            else:
+                self.cache.commit(seq.table, len(entry.tokens))
+                done.append((seq, result.samples[i]))
+        # What the pool holds is read when the step's tokens are in and nobody has left yet.
+        self.steps.append(self._record(orders, start, num_moves))
+        for seq, samples in done:
+            if samples:
+                self._take(seq, samples)
+
+    def _record(self, orders: StepOrders, start: int, num_moves: int) -> StepRecord:
+        decoding = sum(1 for e in orders.batch if len(e.tokens) == 1 and e.num_samples)
+        return StepRecord(
+            step=self.events.step,
+            start=start,
+            duration=self.events.time - start,
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            prefill_tokens=sum(len(e.tokens) for e in orders.batch) - decoding,
+            decode_tokens=decoding,
+            moves=num_moves,
+            preemptions=self.totals.preemptions,
+            memory=self.cache.memory(),
+        )
+
+    def _take(self, seq: Sequence, samples: list[int]) -> None:
+        """Append the sampled tokens: one to the sequence, the others to forks of it."""
+        children = []
+        for j in range(1, len(samples)):
+            child = self._new_sequence(seq.group, j, list(seq.tokens))
+            child.admitted_at, child.hit_tokens = seq.admitted_at, seq.hit_tokens
+            seq.group.sequences.append(child)
+            self.cache.fork(seq.table, child.table)
+            child.status = Status.RUNNING
+            children.append(child)
+        if children:
+            at = self.running.index(seq) + 1
+            self.running[at:at] = children
+            seq.to_fork = 0
+            self._standing = []
+        for member, token in zip([seq, *children], samples):
+            self._append(member, token)
+
+    def _append(self, seq: Sequence, token: int) -> None:
+        seq.tokens.append(token)
+        now = self.events.time
+        if seq.first_token_at is None:
+            seq.first_token_at = now
+        seq.token_times.append(now)
+        self.totals.output_tokens += 1
+        sampling = seq.group.request.sampling
+        if token in sampling.stop_token_ids or (not sampling.ignore_eos and token in self.executor.eos_token_ids):
+            self._finish(seq, "stop")
+        elif sampling.stop and self._hit_stop_string(seq):
+            self._finish(seq, "stop")
+        elif len(seq.tokens) >= seq.max_len:
+            self._finish(seq, "length")
+
+    def _hit_stop_string(self, seq: Sequence) -> bool:
+        text = self.executor.detokenize(seq.output) or ""
+        ends = [at for s in seq.group.request.sampling.stop if (at := text.find(s)) >= 0]
+        if ends:
+            seq.text = text[: min(ends)]
+        return bool(ends)
+
+    def _finish(self, seq: Sequence, reason: str) -> None:
+        if seq.status is Status.RUNNING:
+            self.running.remove(seq)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+        self._standing = []
+        self.cache.release(seq.table)
+        self._ended.append(seq.seq_id)
+        self.events.record(ev.REQUEST_FINISHED, seq.seq_id, detail=reason)
+        self._retire(seq, reason)
+
+    def _retire(self, seq: Sequence, reason: str) -> None:
+        seq.status = Status.FINISHED
+        seq.finish_reason = reason
+        seq.finished_at = self.events.time
+        self.finished.append(seq)
+
+    # ---- looking in --------------------------------------------------------------------------------------------
+
+    def tables(self) -> Iterable[BlockTable]:
+        """Return the block tables of every sequence that holds blocks in any tier."""
+        return [s.table for s in (*self.running, *self.waiting)]
+
+    def check(self) -> None:
+        """Raise `InvariantBroken` unless law 1 holds now."""
+        self.cache.check(self.tables())
+
+
+_ENGINE_SLOTS = (
+    "allocator",
+    "reservation",
+    "lookup",
+    "eviction",
+    "swap",
+    "preemption",
+    "prefetch",
+    "scheduler",
+)
+
+
+class _Plan:
+    """One step in the making, as the scheduler sees it (`pagedlab.policies.scheduler.Step`)."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.running: ReadOnly[Sequence] = tuple(engine.running)
+        self.budget = engine.config.max_num_batched_tokens
+        self.entries: dict[Sequence, int] = {}
+        self.lost: set[Sequence] = set()
+        """Preempted while this plan was made."""
+
+    @cached_property
+    def waiting(self) -> ReadOnly[Sequence]:
+        """The queue as it was when first asked for."""
+        return tuple(self._engine.waiting)
+
+    @property
+    def seats(self) -> int:
+        """Sequences that may still be admitted (a request of n samples takes n)."""
+        taken = sum(1 + s.to_fork for s in self._engine.running)
+        return self._engine.config.max_num_seqs - taken
+
+    def grant(self, sequence: Schedulable, tokens: int, *, whole: bool = False) -> int:
+        """See `pagedlab.policies.scheduler.Step.grant`."""
+        engine, seq = self._engine, sequence
+        assert isinstance(seq, Sequence)
+        if seq in self.entries:
+            raise PolicyError(f"scheduler {type(engine._scheduler).__name__} asked twice for {seq!r} in one step")
+        alone = not self.entries
+        if seq.status is Status.RUNNING:
+            n = engine._cut(seq.remaining, tokens, self.budget, whole, alone)
+            if n and not engine._make_room(seq, seq.num_computed + n, self):
+                n = 0
+        elif seq.status is Status.WAITING and seq not in self.lost and self.seats > seq.to_fork:
+            n = engine._admit(seq, tokens, self.budget, whole, alone)
+            if n:
+                engine.waiting.remove(seq)
+                engine.running.append(seq)
+                seq.status = Status.RUNNING
+        else:
+            n = 0
+        if n:
+            self.entries[seq] = n
+            self.budget -= n
+        return n
+
+
+class _Residency:
+    """Where prefixes lie (`pagedlab.policies.prefetch.Residency`)."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+
+    def prefix(self, sequence: Sequence) -> list[Block]:
+        """Return the cached blocks of the sequence's prefix, each in its highest tier."""
+        return self._cache.match(sequence.table.prefix, len(sequence.tokens) - 1).blocks

@@ -1,0 +1,87 @@
+"""The contract that every paged attention implementation fulfils.
+
+Shapes are those of one flat, ragged batch: `num_tokens` query tokens of `num_seqs` sequences lie one after the other.
+Sequence s owns query rows ``query_start[s] : query_start[s + 1]``; they are the *last* tokens of its context of
+``context_lens[s]`` tokens, whose keys and values (its own new ones included, already written) lie in the blocks that
+the layout gives for ``rows[s]``::
+
+    context of sequence s   |<------------- context_lens[s] -------------->|
+    blocks                  | block_of(0) | block_of(1) | block_of(2) |... |
+    queries                                       |<- query_start diff --->|
+
+Query token j of a sequence with q query tokens stands at position ``context_len - q + j`` and sees keys at positions
+``<= `` its own, and with a sliding window w only ``> position - w``. Slots past the context, and unused blocks, may hold
+anything, NaN included: they must never influence an output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pagedlab.policies.layout import Int32Array, Layout
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """What one step's attention needs besides the tensors; the same for every layer.
+
+    ``query_start`` int32 [num_seqs + 1], ``context_lens`` int32 [num_seqs], ``rows`` int32 [num_seqs],
+    ``slots`` int64 [num_tokens] (``block * block_size + offset`` where each token's key and value are written),
+    ``entries`` and ``index`` the layout's arrays.
+    """
+
+    query_start: Int32Array
+    context_lens: Int32Array
+    rows: Int32Array
+    slots: NDArray[np.int64]
+    entries: Int32Array
+    index: Int32Array
+    block_size: int
+    max_query_len: int
+    max_context_len: int
+
+
+class PagedAttention(Protocol):
+    """One kernel for one layout. The block is axis 0 of every cache tensor, the rest is the kernel's choice."""
+
+    axis_order: tuple[str, ...]
+    """Names of the cache tensors' axes, e.g. ``("block", "head", "token", "channel")``."""
+
+    def __init__(self, layout: Layout, **params: Any) -> None: ...
+
+    def allocate(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Return an empty cache tensor for keys or for values of one layer, in this kernel's axis order."""
+
+    def write(self, cache: torch.Tensor, new: torch.Tensor, batch: AttentionBatch) -> None:
+        """Store ``new`` [num_tokens, num_kv_heads, head_size] at ``batch.slots``."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> torch.Tensor:
+        """Return [num_tokens, num_heads, value_head_size] for ``query`` [num_tokens, num_heads, head_size].
+
+        Grouped-query heads: query head h reads KV head ``h // (num_heads // num_kv_heads)``. Soft cap c replaces a
+        scaled score x by ``c * tanh(x / c)``.
+        """

@@ -1,0 +1,281 @@
+"""Slot `lookup`: how a prompt finds its cached prefix.
+
+A lookup is an index over the blocks whose content is complete, in every tier. `match` answers for a `Prefix` and changes
+nothing; `publish` adds a block once its keys and values are computed; `forget` takes one out. Identity is a chain: a block is
+the continuation of one particular content (``block.parent`` is that content's ``serial``, or the salt for a first block), and
+a hit is verified against parent and tokens, never trusted to a hash. A block whose parent is gone is an orphan: it is
+not used any more, and a recomputed copy takes its place.
+
+``granularity`` says what `match` can return: whole blocks, or also the beginning of one, which the cache then copies.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
+from hashlib import blake2b
+from typing import ClassVar, Literal, NamedTuple
+
+from pagedlab.policies.base import Policy
+from pagedlab.policies.block import DEVICE, Block
+from pagedlab.registry import register
+
+
+@lru_cache(maxsize=4096)
+def salt_key(salt: Hashable) -> int:
+    """Return the number that starts a tenant's hash chain: the same in every process, 0 for no salt."""
+    if salt is None:
+        return 0
+    return int.from_bytes(blake2b(repr(salt).encode(), digest_size=8).digest(), "big", signed=True)
+
+
+class Prefix:
+    """The tokens of one sequence as a lookup sees them: cut into blocks, with the chained hashes remembered.
+
+    ``tokens`` may grow at its end; what was asked once is not computed again. ``key(i)`` is the hash of
+    ``(key(i - 1), content(i))``, in Python's own hash of integers, which is the same in every process.
+    """
+
+    __slots__ = ("_contents", "_keys", "block_size", "salt", "tokens")
+
+    def __init__(self, tokens: list[int], block_size: int, salt: Hashable = None) -> None:
+        self.tokens = tokens
+        self.block_size = block_size
+        self.salt = salt
+        self._contents: list[Hashable] = []
+        self._keys: list[int] = []
+
+    def keys(self, num_blocks: int) -> list[int]:
+        """Return chained hashes of at least the first ``num_blocks`` full blocks (a list that belongs to the prefix)."""
+        keys = self._keys
+        have = len(keys)
+        if have < num_blocks:
+            size, tokens, contents = self.block_size, self.tokens, self._contents
+            key = keys[-1] if keys else salt_key(self.salt)
+            for start in range(have * size, num_blocks * size, size):
+                content = tuple(tokens[start : start + size])
+                key = hash((key, content))
+                contents.append(content)
+                keys.append(key)
+        return keys
+
+    def contents(self, num_blocks: int) -> list[Hashable]:
+        """Return the token ids of at least the first ``num_blocks`` full blocks, a tuple each."""
+        self.keys(num_blocks)
+        return self._contents
+
+
+class Match(NamedTuple):
+    """What a lookup found: whole blocks in order, and perhaps the first tokens of one more.
+
+    ``num_tokens`` counts all of them; ``partial`` is the block whose first ``num_tokens % block_size`` tokens fit.
+    """
+
+    blocks: list[Block]
+    num_tokens: int
+    partial: Block | None = None
+
+
+NO_MATCH = Match([], 0)
+
+
+class Published(NamedTuple):
+    """What became of a published block.
+
+    ``serial`` is the identity of its content. ``indexed`` is False when an equal block of this tier already stands
+    for it. ``displaced`` is an orphan that had to make way.
+    """
+
+    serial: int
+    indexed: bool
+    displaced: Block | None = None
+
+
+class Lookup(Policy):
+    """Contract of a prefix index."""
+
+    slot: ClassVar[str] = "lookup"
+    granularity: ClassVar[Literal["none", "block", "token"]] = "block"
+
+    @abstractmethod
+    def reset(self, *, block_size: int, num_tiers: int) -> None:
+        """Start empty."""
+
+    @abstractmethod
+    def match(self, prefix: Prefix, max_tokens: int) -> Match:
+        """Return the longest cached prefix of at most ``max_tokens`` tokens, each block in its highest tier."""
+
+    @abstractmethod
+    def publish(self, block: Block) -> Published:
+        """Make ``block`` (key, parent, content set) findable; gives a new serial unless the content is known."""
+
+    @abstractmethod
+    def forget(self, block: Block) -> None:
+        """Take an indexed block out."""
+
+    @abstractmethod
+    def copy_in(self, block: Block, tier: int) -> Block | None:
+        """Return the copy of ``block``'s content in ``tier``, if there is one."""
+
+
+@register("lookup", "none")
+class NoLookup(Lookup):
+    """Share nothing: every prompt is computed from its first token."""
+
+    granularity: ClassVar[Literal["none", "block", "token"]] = "none"
+
+    def reset(self, *, block_size: int, num_tiers: int) -> None:
+        pass
+
+    def match(self, prefix: Prefix, max_tokens: int) -> Match:
+        return NO_MATCH
+
+    def publish(self, block: Block) -> Published:
+        raise NotImplementedError("lookup 'none' publishes nothing")
+
+    def forget(self, block: Block) -> None:
+        pass
+
+    def copy_in(self, block: Block, tier: int) -> Block | None:
+        return None
+
+
+@register("lookup", "chained-hash")
+class ChainedHash(Lookup):
+    """Find whole blocks by a hash of all tokens up to their end (vLLM). O(1) a block.
+
+    One dictionary a tier, from chained hash to block. An equal hash of other tokens finds the place taken and is
+    simply not indexed.
+    """
+
+    def reset(self, *, block_size: int, num_tiers: int) -> None:
+        self._block_size = block_size
+        self._index: list[dict[int, Block]] = [{} for _ in range(num_tiers)]
+        self._next_serial = 0
+
+    def match(self, prefix: Prefix, max_tokens: int) -> Match:
+        limit = max_tokens // self._block_size
+        keys = prefix.keys(limit)
+        contents = prefix.contents(limit)
+        found: list[Block] = []
+        parent: Hashable = (prefix.salt,)
+        device = self._index[DEVICE]
+        lower = self._index[1:]
+        for i in range(limit):
+            block = device.get(keys[i])
+            if block is None or block.parent != parent or block.content != contents[i]:
+                for index in lower:
+                    block = index.get(keys[i])
+                    if block is not None and block.parent == parent and block.content == contents[i]:
+                        break
+                else:
+                    break
+            found.append(block)  # type: ignore[arg-type]
+            parent = block.serial  # type: ignore[union-attr]
+        return Match(found, len(found) * self._block_size) if found else NO_MATCH
+
+    def publish(self, block: Block) -> Published:
+        assert block.key is not None
+        displaced = None
+        here = self._index[block.tier]
+        resident = here.get(block.key)
+        if resident is not None:
+            if resident.content == block.content:
+                if resident.parent == block.parent:
+                    return Published(resident.serial, False)
+                displaced = resident
+            else:
+                self._next_serial += 1
+                return Published(self._next_serial, False)
+        serial = -1
+        for index in self._index:
+            other = index.get(block.key)
+            if other is not None and other.parent == block.parent and other.content == block.content:
+                serial = other.serial
+        if serial < 0:
+            self._next_serial = serial = self._next_serial + 1
+        here[block.key] = block
+        return Published(serial, True, displaced)
+
+    def forget(self, block: Block) -> None:
+        assert block.key is not None
+        if self._index[block.tier].get(block.key) is block:
+            del self._index[block.tier][block.key]
+
+    def copy_in(self, block: Block, tier: int) -> Block | None:
+        assert block.key is not None
+        copy = self._index[tier].get(block.key)
+        return copy if copy is not None and copy.serial == block.serial else None
+
+
+@register("lookup", "radix")
+class RadixTree(Lookup):
+    """Walk a tree of blocks, and into the middle of the next one: shares up to the last equal token (SGLang).
+
+    A node is one content; its children hang under its serial and are found by their tokens. The tail of the match is the
+    child that agrees with the most further tokens: O(children · block_size) once a match.
+    """
+
+    granularity: ClassVar[Literal["none", "block", "token"]] = "token"
+
+    def reset(self, *, block_size: int, num_tiers: int) -> None:
+        self._block_size = block_size
+        self._children: dict[Hashable, dict[Hashable, list[Block]]] = {}
+        self._next_serial = 0
+
+    def match(self, prefix: Prefix, max_tokens: int) -> Match:
+        size = self._block_size
+        limit = max_tokens // size
+        contents = prefix.contents(limit)
+        found: list[Block] = []
+        parent: Hashable = (prefix.salt,)
+        for i in range(limit):
+            copies = self._children.get(parent, {}).get(contents[i])
+            if not copies:
+                break
+            found.append(copies[0])
+            parent = copies[0].serial
+        start = len(found) * size
+        rest = prefix.tokens[start : min(start + size, max_tokens)]
+        best, partial = 0, None
+        for content, copies in self._children.get(parent, {}).items():
+            common = _common(content, rest)  # type: ignore[arg-type]
+            if common > best:
+                best, partial = common, copies[0]
+        return Match(found, start + best, partial) if found or partial else NO_MATCH
+
+    def publish(self, block: Block) -> Published:
+        copies = self._children.setdefault(block.parent, {}).setdefault(block.content, [])
+        if copies and any(c.tier == block.tier for c in copies):
+            return Published(copies[0].serial, False)
+        if copies:
+            serial = copies[0].serial
+        else:
+            self._next_serial = serial = self._next_serial + 1
+        copies.append(block)
+        copies.sort(key=lambda c: c.tier)
+        return Published(serial, True)
+
+    def forget(self, block: Block) -> None:
+        siblings = self._children.get(block.parent, {})
+        copies = siblings.get(block.content, [])
+        if block in copies:
+            copies.remove(block)
+            if not copies:
+                del siblings[block.content]
+            if not siblings:
+                del self._children[block.parent]
+
+    def copy_in(self, block: Block, tier: int) -> Block | None:
+        copies = self._children.get(block.parent, {}).get(block.content, [])
+        return next((c for c in copies if c.tier == tier), None)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    n = 0
+    for x, y in zip(a, b):
+        if x != y:
+            break
+        n += 1
+    return n

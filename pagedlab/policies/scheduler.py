@@ -1,0 +1,133 @@
+"""Slot `scheduler`: which sequences run this step, and with how many tokens.
+
+A scheduler asks, the engine grants. `plan` walks over the running and waiting sequences in whatever order it likes and
+calls ``step.grant(sequence, tokens)``; the engine finds the prefix, allocates, preempts, and returns how many tokens it
+granted (0: no room, no seat or no budget). A running sequence that needs memory may cost others theirs (slot
+`preemption`); a waiting one is only admitted into room that is there.
+
+`plan` returns how long its decision stands. None: one step, ask again; a policy that says nothing is never wrong. `UNTIL_EVENT`:
+grant the same sequences one token each until something happens (an arrival, a finish, a cancellation, a block
+shortage, a sequence that is preempted). The engine then repeats the decision without asking, and a simulator leaps.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Final, Literal, Protocol
+
+from pagedlab.policies.base import Policy, param
+from pagedlab.registry import register
+
+UNTIL_EVENT: Final = "until-event"
+
+
+class Schedulable(Protocol):
+    """What a scheduler sees of a sequence; all lengths in tokens."""
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens not yet computed: 1 while decoding, more while prefilling."""
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+
+    @property
+    def priority(self) -> int:
+        """Higher runs first."""
+
+    @property
+    def request_id(self) -> str:
+        """The request (group) it belongs to."""
+
+
+class Step(Protocol):
+    """One step as a scheduler sees it. ``running`` and ``waiting`` are snapshots in order of admission and of the queue."""
+
+    @property
+    def running(self) -> Sequence[Schedulable]:
+        """Sequences that hold blocks."""
+
+    @property
+    def waiting(self) -> Sequence[Schedulable]:
+        """The queue, front first; preempted sequences return to the front."""
+
+    @property
+    def budget(self) -> int:
+        """Tokens that may still be granted this step."""
+
+    @property
+    def seats(self) -> int:
+        """Sequences that may still be admitted."""
+
+    def grant(self, sequence: Schedulable, tokens: int, *, whole: bool = False) -> int:
+        """Ask for up to ``tokens`` of a sequence; return how many were granted, after budget and memory.
+
+        ``whole`` asks for all that remains or nothing; alone in a step it may exceed the budget (or a long prompt
+        could never run unchunked). A sequence that was preempted during this step gets 0.
+        """
+
+
+Decision = Literal["until-event"] | None
+
+
+class Scheduler(Policy):
+    """Contract: one pass over the sequences."""
+
+    slot: ClassVar[str] = "scheduler"
+
+    def reset(self) -> None:
+        """Forget the last run."""
+
+    @abstractmethod
+    def plan(self, step: Step) -> Decision:
+        """Ask for grants in order of importance."""
+
+
+def _decoding(step: Step) -> Decision:
+    """The decision stands if everyone decodes and nobody waits."""
+    return UNTIL_EVENT if not step.waiting and all(s.remaining == 1 for s in step.running) else None
+
+
+@register("scheduler", "static-batch")
+class StaticBatch(Scheduler):
+    """Fill a batch, run it until its last sequence ends, then fill the next (`generate`, FasterTransformer)."""
+
+    def plan(self, step: Step) -> Decision:
+        if not step.running:
+            for sequence in step.waiting:
+                if not step.grant(sequence, sequence.remaining, whole=True):
+                    break
+            return None
+        for sequence in step.running:
+            step.grant(sequence, sequence.remaining, whole=True)
+        return UNTIL_EVENT if all(s.remaining == 1 for s in step.running) else None
+
+
+@register("scheduler", "iteration-level")
+class IterationLevel(Scheduler):
+    """Admit and retire at every step, prompts whole (Orca, OSDI 2022)."""
+
+    def plan(self, step: Step) -> Decision:
+        for sequence in step.running:
+            step.grant(sequence, sequence.remaining, whole=True)
+        for sequence in step.waiting:
+            if not step.grant(sequence, sequence.remaining, whole=True):
+                break
+        return _decoding(step)
+
+
+@register("scheduler", "chunked-prefill")
+class ChunkedPrefill(Scheduler):
+    """Running sequences first, then prompts in chunks up to the token budget (Sarathi-Serve, OSDI 2024; vLLM)."""
+
+    max_chunk: int = param(1 << 30, low=1, unit="tokens", help="longest piece of one prompt in one step")
+
+    def plan(self, step: Step) -> Decision:
+        for sequence in step.running:
+            step.grant(sequence, self.max_chunk)
+        for sequence in step.waiting:
+            if not step.grant(sequence, self.max_chunk):
+                break
+        return _decoding(step)
