@@ -14,18 +14,49 @@ import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from pagedlab.errors import ConfigError, nearest
 from pagedlab.policies.base import Policy
 from pagedlab.registry import SLOTS, is_registered, make
 
+if TYPE_CHECKING:
+    from pagedlab.policies import (
+        Allocator,
+        Eviction,
+        Kernel,
+        Layout,
+        Lookup,
+        Preemption,
+        Prefetch,
+        Reservation,
+        Scheduler,
+        Swap,
+    )
+
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+class Policies(NamedTuple):
+    """One policy for each of the ten decisions."""
+
+    allocator: Allocator
+    reservation: Reservation
+    lookup: Lookup
+    eviction: Eviction
+    swap: Swap
+    preemption: Preemption
+    prefetch: Prefetch
+    scheduler: Scheduler
+    layout: Layout
+    kernel: Kernel
 
 
 @dataclass(kw_only=True)
 class Config:
-    """What a run needs to know. A slot takes a registered name or a policy object; both are checked at once."""
+    """What a run needs to know. A slot takes a registered name or a policy object; both are checked at
+    once.
+    """
 
     model: str = "tiny"
     """``"tiny"``, a local folder, or a hub name."""
@@ -95,17 +126,23 @@ class Config:
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError(f"model must be a name or a folder, not {self.model!r}")
         if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype {self.dtype!r} is unknown; known: {', '.join(DTYPES)}{nearest(str(self.dtype), DTYPES)}")
-        if isinstance(self.watermark, bool) or not isinstance(self.watermark, int | float) or not 0 <= self.watermark < 1:
+            raise ConfigError(
+                f"dtype {self.dtype!r} is unknown; known: {', '.join(DTYPES)}{nearest(str(self.dtype), DTYPES)}"
+            )
+        if (
+            isinstance(self.watermark, bool)
+            or not isinstance(self.watermark, int | float)
+            or not 0 <= self.watermark < 1
+        ):
             raise ConfigError(f"watermark must be a share from 0 to below 1, not {self.watermark!r}")
         if not isinstance(self.null_block, bool):
             raise ConfigError(f"null_block must be true or false, not {self.null_block!r}")
         if self.null_block and self.num_blocks < 2:
             raise ConfigError("null_block takes one block, so num_blocks must be at least 2")
-        if self.host_blocks == 0 and self.policy("swap").uses_host:  # type: ignore[attr-defined]
-            raise ConfigError(f"swap={self.swap.name!r} needs a host tier: host_blocks must be at least 1")  # type: ignore[union-attr]
-        if (name := self.policy("swap").host_eviction()) is not None:  # type: ignore[attr-defined]
-            make("eviction", name)
+        swap = self.policies().swap
+        if self.host_blocks == 0 and swap.uses_host:
+            raise ConfigError(f"swap={swap.name!r} needs a host tier: host_blocks must be at least 1")
+        make("eviction", swap.host_eviction())
 
     def policy(self, slot: str) -> Policy:
         """Return the policy object of a slot, as configured (runs work on clones)."""
@@ -113,13 +150,17 @@ class Config:
         assert isinstance(policy, Policy)
         return policy
 
+    def policies(self) -> Policies:
+        """Return fresh clones of all ten, for one run."""
+        return Policies(**{slot: self.policy(slot).clone() for slot in SLOTS})  # type: ignore[arg-type]
+
     @property
     def num_host_blocks(self) -> int:
         """Blocks of the host tier once None is resolved."""
         if self.host_blocks is not None:
             return self.host_blocks
-        uses_host = self.policy("swap").uses_host or self.policy("preemption").wants_host  # type: ignore[attr-defined]
-        return self.num_blocks if uses_host else 0
+        policies = self.policies()
+        return self.num_blocks if policies.swap.uses_host or policies.preemption.wants_host else 0
 
     @property
     def watermark_blocks(self) -> int:
@@ -134,7 +175,9 @@ class Config:
         known = [f.name for f in fields(self)]
         for key in override:
             if key not in known:
-                raise ConfigError(f"a config has no field {key!r}; it has: {', '.join(known)}{nearest(key, known)}")
+                raise ConfigError(
+                    f"a config has no field {key!r}; it has: {', '.join(known)}{nearest(key, known)}"
+                )
         values = {name: getattr(self, name) for name in known}
         return type(self)(**{**values, **override})
 
@@ -163,7 +206,9 @@ class Config:
         return out
 
     def describe(self) -> dict[str, Any]:
-        """Return what differs from a file only in naming unregistered policies by their class, for display."""
+        """Return what differs from a file only in naming unregistered policies by their class, for
+        display.
+        """
         out: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -192,7 +237,11 @@ class Config:
         for key, value in data.items():
             if key in SLOTS and isinstance(value, dict):
                 unknown = set(value) - {"name", "params", "registered"}
-                if unknown or not isinstance(value.get("name"), str) or not isinstance(value.get("params", {}), dict):
+                if (
+                    unknown
+                    or not isinstance(value.get("name"), str)
+                    or not isinstance(value.get("params", {}), dict)
+                ):
                     raise ConfigError(f'{where}: {key} must be a name or {{"name": ..., "params": {{...}}}}')
                 value = make(key, value["name"], **value.get("params", {}))
             values[key] = value
@@ -211,7 +260,9 @@ class Config:
                 text = Path(source).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 reason = error.strerror if isinstance(error, OSError) else "not a text file"
-                raise ConfigError(f"{where}: {reason}; expected a JSON config, or a preset: {', '.join(PRESETS)}") from None
+                raise ConfigError(
+                    f"{where}: {reason}; expected a JSON config, or a preset: {', '.join(PRESETS)}"
+                ) from None
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -226,9 +277,9 @@ class Config:
     def _repr_html_(self) -> str:
         from html import escape
 
+        left = "style='text-align:left'"
         rows = "".join(
-            f"<tr><th style='text-align:left'>{slot}</th><td style='text-align:left'>{escape(repr(self.policy(slot)))}</td></tr>"
-            for slot in SLOTS
+            f"<tr><th {left}>{slot}</th><td {left}>{escape(repr(self.policy(slot)))}</td></tr>" for slot in SLOTS
         )
         sizes = f"{self.num_blocks} blocks of {self.block_size} tokens, at most {self.max_num_seqs} sequences"
         return f"<table><caption>{escape(self.model)}: {sizes}</caption>{rows}</table>"
@@ -248,6 +299,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "orca-pow2": {**_CONTIGUOUS, "reservation": "pow2"},
     "orca-oracle": {**_CONTIGUOUS, "reservation": "oracle"},
     "fastertransformer": {**_CONTIGUOUS, "reservation": "max", "scheduler": "static-batch"},
-    "hf-static": {**_CONTIGUOUS, "reservation": "oracle", "scheduler": "static-batch", "kernel": "gather-sdpa"},
+    "hf-static": {
+        **_CONTIGUOUS,
+        "reservation": "oracle",
+        "scheduler": "static-batch",
+        "kernel": "gather-sdpa",
+    },
 }
-"""Known systems as differences from the default configuration, which is PagedAttention with prefix caching."""
+"""Known systems as differences from the default configuration, which is PagedAttention with prefix
+caching."""

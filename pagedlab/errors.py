@@ -39,7 +39,8 @@ class RequestTooLarge(PagedLabError, ValueError):
     def __init__(self, what: str, needed: int, available: int, unit: str, hint: str = "") -> None:
         self.needed, self.available, self.unit = needed, available, unit
         super().__init__(
-            f"{what} needs {needed} {unit} and at most {available} are available" + (f"; {hint}" if hint else "")
+            f"{what} needs {needed} {unit} and at most {available} are available"
+            + (f"; {hint}" if hint else "")
         )
 
 

@@ -1,7 +1,8 @@
 """What happened, in order: an append-only log that tables, plots and the block map read.
 
-Where vLLM has a word for it (its KV event stream), so do we: `BlockStored`, `BlockRemoved`, `AllBlocksCleared`. An event is one row;
-its blocks and keys are lists, so storing a prompt of 48 blocks is one event.
+Where vLLM has a word for it (its KV event stream), so do we: `BlockStored`, `BlockRemoved`,
+`AllBlocksCleared`. An event is one row; its blocks and keys are lists, so storing a prompt of 48 blocks is
+one event.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ BLOCKS_PREFETCHED: Final = "BlocksPrefetched"
 
 
 class Event(NamedTuple):
-    """One row. ``time`` is in picoseconds on the engine's clock; ``seq_id`` is -1 where no sequence is meant."""
+    """One row. ``time`` is in picoseconds on the engine's clock; ``seq_id`` is -1 where no sequence is
+    meant.
+    """
 
     step: int
     time: int

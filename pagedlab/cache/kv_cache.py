@@ -16,11 +16,12 @@ from pagedlab.cache.pool import BlockPool
 from pagedlab.cache.table import BlockTable
 from pagedlab.errors import InvariantBroken
 from pagedlab.events import EventLog
-from pagedlab.policies.allocator import Allocator
+from pagedlab.policies.allocator import Allocator, FreeList
 from pagedlab.policies.block import DEVICE, HOST, TIER_NAMES, Block
 from pagedlab.policies.eviction import Eviction
 from pagedlab.policies.lookup import NO_MATCH, Lookup, Match, Prefix
 from pagedlab.policies.swap import Swap
+from pagedlab.registry import make
 
 
 class Memory(NamedTuple):
@@ -58,8 +59,6 @@ class KVCache:
         eviction: Eviction,
         swap: Swap,
         host_blocks: int = 0,
-        host_eviction: Eviction | None = None,
-        host_allocator: Allocator | None = None,
         null_block: bool = False,
         events: EventLog | None = None,
         on_prefetch_fate: Callable[[Block, str], None] | None = None,
@@ -71,14 +70,19 @@ class KVCache:
         self.moves: deque[Move] = deque()
         """Copies asked for and not yet carried out; the executor pops them from the left."""
         self.device = BlockPool(
-            num_blocks, allocator, eviction, self._device_evicted, block_size=block_size, reserved=int(null_block)
+            num_blocks,
+            allocator,
+            eviction,
+            self._device_evicted,
+            block_size=block_size,
+            reserved=int(null_block),
         )
         self.host: BlockPool | None = None
         if host_blocks:
-            if host_allocator is None or host_eviction is None:
-                raise ValueError("a host tier needs an allocator and an eviction policy of its own")
+            host_eviction = make("eviction", swap.host_eviction())
+            assert isinstance(host_eviction, Eviction)
             self.host = BlockPool(
-                host_blocks, host_allocator, host_eviction, self._host_evicted, tier=HOST, block_size=block_size
+                host_blocks, FreeList(), host_eviction, self._host_evicted, tier=HOST, block_size=block_size
             )
         lookup.reset(block_size=block_size, num_tiers=2 if host_blocks else 1)
         self._shares = lookup.granularity != "none"
@@ -137,7 +141,11 @@ class KVCache:
             incoming = iter(loads)
             blocks = [self._load(b, next(incoming), now) if b.tier else b for b in hits]
             self.events.record(
-                ev.BLOCKS_LOADED, table.seq_id, [b.index for b in loads], [b.key or 0 for b in low], medium="host"
+                ev.BLOCKS_LOADED,
+                table.seq_id,
+                [b.index for b in loads],
+                [b.key or 0 for b in low],
+                medium="host",
             )
         if match.partial is not None:
             self.moves.append(Move(match.partial.tier, match.partial.index, DEVICE, rest[0].index))
@@ -247,7 +255,9 @@ class KVCache:
         child.version += 1
         self._tokens += child.num_tokens
         self._promised += self._within(child)
-        self.events.record(ev.SEQUENCE_FORKED, child.seq_id, list(child.indices), detail=f"from {parent.seq_id}")
+        self.events.record(
+            ev.SEQUENCE_FORKED, child.seq_id, list(child.indices), detail=f"from {parent.seq_id}"
+        )
 
     # ---- after a step ------------------------------------------------------------------------------------------
 
@@ -350,7 +360,9 @@ class KVCache:
             self.moves.append(Move(HOST, source.index, DEVICE, target.index))
         table.blocks, table.indices = taken, [b.index for b in taken]
         self.events.record(ev.BLOCKS_ALLOCATED, table.seq_id, list(table.indices))
-        self.events.record(ev.BLOCKS_LOADED, table.seq_id, table.indices[:used], medium="host", detail="resumed")
+        self.events.record(
+            ev.BLOCKS_LOADED, table.seq_id, table.indices[:used], medium="host", detail="resumed"
+        )
         self.host.drop(table.host_blocks[::-1], self.events.time)  # type: ignore[union-attr]
         table.host_blocks = []
         table.version += 1
@@ -371,7 +383,9 @@ class KVCache:
         self._load(block, taken[0], now)
         if taken[0].key is not None:
             self._prefetched.add(taken[0])
-            self.events.record(ev.BLOCKS_PREFETCHED, blocks=(taken[0].index,), keys=(block.key,), medium="host")
+            self.events.record(
+                ev.BLOCKS_PREFETCHED, blocks=(taken[0].index,), keys=(block.key,), medium="host"
+            )
         self.device.drop(taken, now)
         return True
 
@@ -493,7 +507,9 @@ class KVCache:
                     held[block] = held.get(block, 0) + 1
             for block in pool.blocks:
                 if block.ref_count != held.get(block, 0):
-                    raise InvariantBroken(f"{block!r}: count {block.ref_count}, held by {held.get(block, 0)} tables")
+                    raise InvariantBroken(
+                        f"{block!r}: count {block.ref_count}, held by {held.get(block, 0)} tables"
+                    )
         if sum(t.num_tokens for t in tables if t.blocks) != self._tokens:
             raise InvariantBroken("tokens in tables do not add up")
         memory = self.memory()
@@ -501,6 +517,8 @@ class KVCache:
             raise InvariantBroken(f"memory does not add up: {memory}")
         for table in tables:
             if table.blocks and table.num_tokens > len(table.blocks) * self.block_size:
-                raise InvariantBroken(f"sequence {table.seq_id}: {table.num_tokens} tokens in {len(table.blocks)} blocks")
+                raise InvariantBroken(
+                    f"sequence {table.seq_id}: {table.num_tokens} tokens in {len(table.blocks)} blocks"
+                )
             if table.indices != [b.index for b in table.blocks]:
                 raise InvariantBroken(f"sequence {table.seq_id}: table and indices differ")

@@ -13,8 +13,8 @@ from pagedlab.policies.eviction import Eviction
 class BlockPool:
     """Hands out blocks, counts who holds them, and evicts cached ones when free ones run out.
 
-    ``on_evict(blocks)`` is called with the victims while their identity can still be read; afterwards they are blank.
-    The first ``reserved`` blocks are never handed out (a null block).
+    ``on_evict(blocks)`` is called with the victims while their identity can still be read; afterwards they
+    are blank. The first ``reserved`` blocks are never handed out (a null block).
     """
 
     def __init__(
@@ -107,7 +107,8 @@ class BlockPool:
             piece = self.allocator.allocate(1, after)
             if piece is None:
                 raise PolicyError(
-                    f"allocator {type(self.allocator).__name__} reports {self.allocator.num_free} free blocks and refuses one"
+                    f"allocator {type(self.allocator).__name__} reports {self.allocator.num_free} free blocks "
+                    "and refuses one"
                 )
             indices += piece
             after = piece[-1]
@@ -122,7 +123,9 @@ class BlockPool:
             )
         for block in victims:
             if block.ref_count or block.key is None or block in protected:
-                raise PolicyError(f"eviction {type(self.eviction).__name__} named {block!r}, which it must not")
+                raise PolicyError(
+                    f"eviction {type(self.eviction).__name__} named {block!r}, which it must not"
+                )
         self._on_evict(victims)
         remove = self.eviction.remove
         for block in victims:

@@ -13,7 +13,8 @@ call. Requests that can never run are refused by name when they are added, and t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence as ReadOnly
+from collections.abc import Iterable
+from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heappop, heappush
@@ -30,11 +31,8 @@ from pagedlab.errors import ConfigError, PagedLabError, PolicyError, RequestTooL
 from pagedlab.events import EventLog
 from pagedlab.policies.block import Block
 from pagedlab.policies.lookup import NO_MATCH
-from pagedlab.policies.prefetch import Prefetch
-from pagedlab.policies.preemption import Preemption
-from pagedlab.policies.reservation import Reservation
-from pagedlab.policies.scheduler import Schedulable, Scheduler
-from pagedlab.registry import make
+from pagedlab.policies.prefetch import Waiting
+from pagedlab.policies.scheduler import Schedulable
 
 
 @dataclass(slots=True)
@@ -65,7 +63,9 @@ class Totals:
     recomputed_tokens: int = 0
     preemptions: int = 0
     swapped_out: int = 0
-    prefetch: dict[str, int] = field(default_factory=lambda: {"done": 0, "refused": 0, "useful": 0, "useless": 0})
+    prefetch: dict[str, int] = field(
+        default_factory=lambda: {"done": 0, "refused": 0, "useful": 0, "useless": 0}
+    )
 
 
 class Engine:
@@ -84,22 +84,18 @@ class Engine:
         self.clock = clock or WallClock()
         self.events = EventLog() if events is None else events
         self.max_model_len = min(config.max_model_len or executor.max_model_len, executor.max_model_len)
-        policies = {slot: config.policy(slot).clone() for slot in _ENGINE_SLOTS}
-        self._scheduler: Scheduler = policies["scheduler"]  # type: ignore[assignment]
-        self._preemption: Preemption = policies["preemption"]  # type: ignore[assignment]
-        self._reservation: Reservation = policies["reservation"]  # type: ignore[assignment]
-        self._prefetch: Prefetch = policies["prefetch"]  # type: ignore[assignment]
+        policies = config.policies()
+        self._scheduler, self._preemption = policies.scheduler, policies.preemption
+        self._reservation, self._prefetch = policies.reservation, policies.prefetch
         host_blocks = config.num_host_blocks
         self.cache = KVCache(
             num_blocks=config.num_blocks,
             block_size=config.block_size,
-            allocator=policies["allocator"],  # type: ignore[arg-type]
-            lookup=policies["lookup"],  # type: ignore[arg-type]
-            eviction=policies["eviction"],  # type: ignore[arg-type]
-            swap=policies["swap"],  # type: ignore[arg-type]
+            allocator=policies.allocator,
+            lookup=policies.lookup,
+            eviction=policies.eviction,
+            swap=policies.swap,
             host_blocks=host_blocks,
-            host_eviction=make("eviction", policies["swap"].host_eviction()) if host_blocks else None,  # type: ignore[attr-defined, arg-type]
-            host_allocator=make("allocator", "free-list") if host_blocks else None,  # type: ignore[arg-type]
             null_block=config.null_block,
             events=self.events,
             on_prefetch_fate=self._prefetch_fate,
@@ -174,7 +170,9 @@ class Engine:
                 "the longest that this model and max_model_len allow",
             )
         if sampling.n > self.config.max_num_seqs:
-            raise RequestTooLarge(f"{name}: n={sampling.n}", sampling.n, self.config.max_num_seqs, "sequences")
+            raise RequestTooLarge(
+                f"{name}: n={sampling.n}", sampling.n, self.config.max_num_seqs, "sequences"
+            )
         if sampling.stop and self.executor.detokenize([]) is None:
             raise ConfigError(f"{name} has stop strings, but the model has no tokenizer; use stop_token_ids")
         claim = max(self._reservation.claim(seq, seq.prompt_len, self.max_model_len), seq.table.final_len)
@@ -365,7 +363,9 @@ class Engine:
                 )
             victim = self._preemption.choose(candidates)
             if victim not in candidates:
-                raise PolicyError(f"preemption {type(self._preemption).__name__} chose {victim!r}, which was not offered")
+                raise PolicyError(
+                    f"preemption {type(self._preemption).__name__} chose {victim!r}, which was not offered"
+                )
             self._preempt(victim)
             plan.entries.pop(victim, None)
             plan.lost.add(victim)
@@ -447,9 +447,11 @@ class Engine:
         seq.token_times.append(now)
         self.totals.output_tokens += 1
         sampling = seq.group.request.sampling
-        if token in sampling.stop_token_ids or (not sampling.ignore_eos and token in self.executor.eos_token_ids):
-            self._finish(seq, "stop")
-        elif sampling.stop and self._hit_stop_string(seq):
+        if (
+            token in sampling.stop_token_ids
+            or (not sampling.ignore_eos and token in self.executor.eos_token_ids)
+            or (sampling.stop and self._hit_stop_string(seq))
+        ):
             self._finish(seq, "stop")
         elif len(seq.tokens) >= seq.max_len:
             self._finish(seq, "length")
@@ -489,18 +491,6 @@ class Engine:
         self.cache.check(self.tables())
 
 
-_ENGINE_SLOTS = (
-    "allocator",
-    "reservation",
-    "lookup",
-    "eviction",
-    "swap",
-    "preemption",
-    "prefetch",
-    "scheduler",
-)
-
-
 class _Plan:
     """One step in the making, as the scheduler sees it (`pagedlab.policies.scheduler.Step`)."""
 
@@ -528,7 +518,9 @@ class _Plan:
         engine, seq = self._engine, sequence
         assert isinstance(seq, Sequence)
         if seq in self.entries:
-            raise PolicyError(f"scheduler {type(engine._scheduler).__name__} asked twice for {seq!r} in one step")
+            raise PolicyError(
+                f"scheduler {type(engine._scheduler).__name__} asked twice for {seq!r} in one step"
+            )
         alone = not self.entries
         if seq.status is Status.RUNNING:
             n = engine._cut(seq.remaining, tokens, self.budget, whole, alone)
@@ -554,6 +546,7 @@ class _Residency:
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
 
-    def prefix(self, sequence: Sequence) -> list[Block]:
+    def prefix(self, sequence: Waiting) -> list[Block]:
         """Return the cached blocks of the sequence's prefix, each in its highest tier."""
+        assert isinstance(sequence, Sequence)
         return self._cache.match(sequence.table.prefix, len(sequence.tokens) - 1).blocks

@@ -1,7 +1,8 @@
 """The orders of one step: plain, serialisable data, all that an executor ever learns from the engine.
 
-The executor owns the KV tensors of every tier. It carries out ``moves`` one after the other (their order matters: a
-block may be saved to the host, then overwritten), and runs the model once over ``batch``. It never decides anything.
+The executor owns the KV tensors of every tier. It carries out ``moves`` one after the other (their order
+matters: a block may be saved to the host, then overwritten), and runs the model once over ``batch``. It never
+decides anything.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ __all__ = ["DEVICE", "HOST", "TIER_NAMES", "Executor", "Move", "SequenceStep", "
 
 @dataclass(slots=True)
 class SequenceStep:
-    """What one sequence does in a step: compute keys and values of ``tokens`` at positions ``start``, ``start + 1``, ...
+    """What one sequence does in a step: compute keys and values of ``tokens`` at positions ``start``, ``start
+    + 1``, ...
 
-    ``table`` lists its physical blocks and covers at least ``start + len(tokens)`` tokens. ``table_version`` changes whenever
-    the table did other than grow at its end, so an executor that keeps an encoded copy knows when to append and
-    when to start over. ``num_samples`` is 0 while a prompt is still being prefilled, 1 when the step ends at the
-    last known token, and n where n parallel samples part: the executor then draws that many tokens from the last
-    position, the i-th as sample number ``sample_index + i``. ``history`` is every token up to and including ``tokens``
-    (for repetition penalties; read only).
+    ``table`` lists its physical blocks and covers at least ``start + len(tokens)`` tokens. ``table_version``
+    changes whenever the table did other than grow at its end, so an executor that keeps an encoded copy knows
+    when to append and when to start over. ``num_samples`` is 0 while a prompt is still being prefilled, 1
+    when the step ends at the last known token, and n where n parallel samples part: the executor then draws
+    that many tokens from the last position, the i-th as sample number ``sample_index + i``. ``history`` is
+    every token up to and including ``tokens`` (for repetition penalties; read only).
     """
 
     seq_id: int
@@ -61,9 +63,10 @@ class StepOrders:
 class StepResult:
     """What came of a batch, entry by entry.
 
-    ``samples[i]`` holds ``batch[i].num_samples`` token ids (empty while prefilling). ``failures`` maps an entry to the
-    reason why its keys, values and logits are not to be trusted (NaN logits): the engine ends that request alone.
-    ``duration_ps`` is how long the step took in picoseconds, for a clock that does not run by itself.
+    ``samples[i]`` holds ``batch[i].num_samples`` token ids (empty while prefilling). ``failures`` maps an
+    entry to the reason why its keys, values and logits are not to be trusted (NaN logits): the engine ends
+    that request alone. ``duration_ps`` is how long the step took in picoseconds, for a clock that does not
+    run by itself.
     """
 
     samples: list[list[int]]
@@ -85,7 +88,11 @@ class Executor(Protocol):
         """Carry out ``moves`` from the left, popping each as it is done, so that a fault can be resumed."""
 
     def execute(self, orders: StepOrders) -> StepResult:
-        """Run ``orders.batch``. An exception means that nothing of the batch counts; the engine may order it again."""
+        """Run ``orders.batch``. An exception means that nothing of the batch counts; the engine may order it
+        again.
+        """
 
     def detokenize(self, tokens: Sequence[int]) -> str | None:
-        """Return the text of ``tokens``, or None if this executor knows no text (then stop strings are refused)."""
+        """Return the text of ``tokens``, or None if this executor knows no text (then stop strings are
+        refused).
+        """

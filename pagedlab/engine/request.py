@@ -15,10 +15,11 @@ UNSEEDED = 0
 class SamplingParams:
     """How the tokens of one request are drawn and when it ends.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 are off. ``n`` parallel
-    samples share the prompt's blocks. The draw at each position depends on ``seed``, the sample's number and the
-    position alone, so preemption, batching and policies cannot change it. Stop strings end the text before their
-    first occurrence; ``stop_token_ids`` end it as the model's own end-of-sequence ids do, unless ``ignore_eos``.
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 are off.
+    ``n`` parallel samples share the prompt's blocks. The draw at each position depends on ``seed``, the
+    sample's number and the position alone, so preemption, batching and policies cannot change it. Stop
+    strings end the text before their first occurrence; ``stop_token_ids`` end it as the model's own
+    end-of-sequence ids do, unless ``ignore_eos``.
     """
 
     max_tokens: int = 64
@@ -34,9 +35,8 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
+        stop: str | tuple[str, ...] = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         limits: list[tuple[str, float, float]] = [
             ("max_tokens", 1, float("inf")),
@@ -51,7 +51,11 @@ class SamplingParams:
         for name, low, high in limits:
             value = getattr(self, name)
             whole = name in ("max_tokens", "top_k", "seed", "n")
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not low <= value <= high:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int if whole else int | float)
+                or not low <= value <= high
+            ):
                 kind = "a whole number" if whole else "a number"
                 raise ConfigError(f"{name} must be {kind} from {low} to {high}, not {value!r}")
         if self.top_p == 0:
@@ -82,8 +86,8 @@ class Request:
     """One prompt in, ``sampling.n`` outputs out.
 
     ``prompt`` is a sequence of token ids (workloads with text are tokenised before they reach the engine).
-    ``arrival`` is in seconds on the engine's clock. ``salt`` separates tenants: prefixes are shared only between
-    requests of equal salt. Higher ``priority`` runs first where the policies look at it.
+    ``arrival`` is in seconds on the engine's clock. ``salt`` separates tenants: prefixes are shared only
+    between requests of equal salt. Higher ``priority`` runs first where the policies look at it.
     """
 
     request_id: str

@@ -55,7 +55,9 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, seq_id: int, group: Group, sample_index: int, tokens: list[int], max_len: int, block_size: int) -> None:
+    def __init__(
+        self, seq_id: int, group: Group, sample_index: int, tokens: list[int], max_len: int, block_size: int
+    ) -> None:
         request = group.request
         self.seq_id = seq_id
         self.group = group
@@ -128,4 +130,5 @@ class Sequence:
         return self.group.request.session
 
     def __repr__(self) -> str:
-        return f"<sequence {self.seq_id} of {self.request_id!r}: {self.status.value}, {self.num_computed}/{self.num_tokens} tokens>"
+        progress = f"{self.num_computed}/{self.num_tokens} tokens"
+        return f"<sequence {self.seq_id} of {self.request_id!r}: {self.status.value}, {progress}>"

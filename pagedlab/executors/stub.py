@@ -1,8 +1,9 @@
-"""An executor without a model: seeded tokens at no cost, and a memory that notices when a block holds the wrong content.
+"""An executor without a model: seeded tokens at no cost, and a memory that notices when a block holds the
+wrong content.
 
-It carries out orders on a shadow of the cache, in which each slot stores ``(position, hash of all tokens up to it)``. The next token is a
-function of that hash alone, so any mistake of cache or engine (a wrong slot, a stale block, a lost copy) changes what
-is said, as it would with a real model, and a thousand times faster.
+It carries out orders on a shadow of the cache, in which each slot stores ``(position, hash of all tokens up
+to it)``. The next token is a function of that hash alone, so any mistake of cache or engine (a wrong slot, a
+stale block, a lost copy) changes what is said, as it would with a real model, and a thousand times faster.
 """
 
 from __future__ import annotations
@@ -17,9 +18,18 @@ EMPTY = -1
 
 
 class StubExecutor:
-    """Draws tokens from ``0 .. vocab_size - 1`` by a hash of the context that it reads through the block table."""
+    """Draws tokens from ``0 .. vocab_size - 1`` by a hash of the context that it reads through the block
+    table.
+    """
 
-    def __init__(self, *, vocab_size: int = 64, seed: int = 0, max_model_len: int = 4096, eos_token_id: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 64,
+        seed: int = 0,
+        max_model_len: int = 4096,
+        eos_token_id: int | None = None,
+    ) -> None:
         self.vocab_size = vocab_size
         self.seed = seed
         self.max_model_len = max_model_len
@@ -61,9 +71,7 @@ class StubExecutor:
         for position in range(entry.context_len):
             # Attention reads every slot, so every slot must matter.
             state = hash((state, self._read(entry, position)))
-        return [
-            hash((state, entry.sample_index + j, 17)) % self.vocab_size for j in range(entry.num_samples)
-        ]
+        return [hash((state, entry.sample_index + j, 17)) % self.vocab_size for j in range(entry.num_samples)]
 
     def reference(self, prompt: Sequence[int], num_tokens: int, sample_index: int = 0) -> list[int]:
         """Return what it says to ``prompt`` without any cache: the truth that every policy must reproduce."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, ClassVar, Self, dataclass_transform, get_type_hints
 
 from pagedlab.errors import ConfigError, nearest
@@ -60,9 +61,9 @@ class Parameter:
             raise ConfigError(
                 f"{where} must be one of {', '.join(self.choices)}, not {value!r}{nearest(str(value), self.choices)}"
             )
-        low = "-inf" if self.low is None else self.low
-        high = "inf" if self.high is None else self.high
-        if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
+        low = -inf if self.low is None else self.low
+        high = inf if self.high is None else self.high
+        if isinstance(value, int | float) and not low <= value <= high:
             raise ConfigError(f"{where} = {value!r} is out of range; allowed: {low} to {high}")
         return value
 
@@ -84,7 +85,9 @@ class Policy:
         """Return the declared parameters, in order of declaration."""
         hints = get_type_hints(cls)
         return [
-            Parameter(f.name, hints[f.name] if isinstance(hints[f.name], type) else object, f.default, **f.metadata)
+            Parameter(
+                f.name, hints[f.name] if isinstance(hints[f.name], type) else object, f.default, **f.metadata
+            )
             for f in dataclasses.fields(cls)  # type: ignore[arg-type]
         ]
 
@@ -96,7 +99,9 @@ class Policy:
         for key in params:
             if key not in known:
                 allowed = ", ".join(known) or "none"
-                raise ConfigError(f"{cls.slot} policy {title!r} has no parameter {key!r}; it has: {allowed}{nearest(key, known)}")
+                raise ConfigError(
+                    f"{cls.slot} policy {title!r} has no parameter {key!r}; it has: {allowed}{nearest(key, known)}"
+                )
         return cls(**params)
 
     def __post_init__(self) -> None:

@@ -17,9 +17,9 @@ TIER_NAMES = ("device", "host")
 class Block:
     """One block of ``block_size`` token slots in one tier.
 
-    ``key`` is the chained hash by which lookups find the content, None while nothing can be found here. A hit is
-    verified by ``content`` (the block's token ids) and ``parent`` (the ``serial`` of the content before it, or the salt of
-    the tenant for a first block), so equal keys of unequal prefixes never meet.
+    ``key`` is the chained hash by which lookups find the content, None while nothing can be found here. A hit
+    is verified by ``content`` (the block's token ids) and ``parent`` (the ``serial`` of the content before
+    it, or the salt of the tenant for a first block), so equal keys of unequal prefixes never meet.
     """
 
     __slots__ = (

@@ -5,16 +5,17 @@ The protocol, one observation per admission and block::
     miss(key) ──▶ insert(block) ─┐
                   hit(block)  ───┴─▶ in use ──release(block)──▶ may be a victim ──▶ remove(block)
 
-`miss` tells of a block that a prompt wanted and nobody had (ghost lists learn here), `insert` that its content is now
-cached, `hit` that an admission found it. From `insert` or `hit` until `release` a block is in use and must not be named.
-`remove` says that it is gone, evicted or forgotten, whoever chose it. A finished request releases its blocks tail first, so
-that children go before parents. Looking (`match`) is not using: it is not reported. A failed admission reports nothing.
+`miss` tells of a block that a prompt wanted and nobody had (ghost lists learn here), `insert` that its
+content is now cached, `hit` that an admission found it. From `insert` or `hit` until `release` a block is in
+use and must not be named. `remove` says that it is gone, evicted or forgotten, whoever chose it. A finished
+request releases its blocks tail first, so that children go before parents. Looking (`match`) is not using: it
+is not reported. A failed admission reports nothing.
 
 Two ways to write one:
 
-* simple: give `priority(block)`, lowest goes first, ties in the order of release. The library keeps a heap; the score is
-  read at insert, hit and release (set ``dynamic = True`` for one that changes with time: it is then read again for
-  every candidate whenever a victim is needed, O(cached)).
+* simple: give `priority(block)`, lowest goes first, ties in the order of release. The library keeps a heap;
+  the score is read at insert, hit and release (set ``dynamic = True`` for one that changes with time: it is
+  then read again for every candidate whenever a victim is needed, O(cached)).
 * full: override the observations and `victims`.
 """
 
@@ -50,7 +51,9 @@ class Eviction(Policy):
         raise NotImplementedError(f"{type(self).__name__} defines neither priority() nor victims()")
 
     def miss(self, key: Hashable, readmitted: bool = False) -> None:
-        """A prompt wanted this content and it was not cached. ``readmitted``: asked before, then preempted."""
+        """A prompt wanted this content and it was not cached. ``readmitted``: asked before, then
+        preempted.
+        """
 
     def insert(self, block: Block) -> None:
         """The block's content is cached from now on; it is in use."""

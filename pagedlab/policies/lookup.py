@@ -1,12 +1,14 @@
 """Slot `lookup`: how a prompt finds its cached prefix.
 
-A lookup is an index over the blocks whose content is complete, in every tier. `match` answers for a `Prefix` and changes
-nothing; `publish` adds a block once its keys and values are computed; `forget` takes one out. Identity is a chain: a block is
-the continuation of one particular content (``block.parent`` is that content's ``serial``, or the salt for a first block), and
-a hit is verified against parent and tokens, never trusted to a hash. A block whose parent is gone is an orphan: it is
-not used any more, and a recomputed copy takes its place.
+A lookup is an index over the blocks whose content is complete, in every tier. `match` answers for a `Prefix`
+and changes nothing; `publish` adds a block once its keys and values are computed; `forget` takes one out.
+Identity is a chain: a block is the continuation of one particular content (``block.parent`` is that content's
+``serial``, or the salt for a first block), and a hit is verified against parent and tokens, never trusted to
+a hash. A block whose parent is gone is an orphan: it is not used any more, and a recomputed copy takes its
+place.
 
-``granularity`` says what `match` can return: whole blocks, or also the beginning of one, which the cache then copies.
+``granularity`` says what `match` can return: whole blocks, or also the beginning of one, which the cache then
+copies.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class Prefix:
         self._keys: list[int] = []
 
     def keys(self, num_blocks: int) -> list[int]:
-        """Return chained hashes of at least the first ``num_blocks`` full blocks (a list that belongs to the prefix)."""
+        """Return chained hashes of at least the first ``num_blocks`` full blocks (a list that belongs to the
+        prefix).
+        """
         keys = self._keys
         have = len(keys)
         if have < num_blocks:
@@ -69,7 +73,8 @@ class Prefix:
 class Match(NamedTuple):
     """What a lookup found: whole blocks in order, and perhaps the first tokens of one more.
 
-    ``num_tokens`` counts all of them; ``partial`` is the block whose first ``num_tokens % block_size`` tokens fit.
+    ``num_tokens`` counts all of them; ``partial`` is the block whose first ``num_tokens % block_size`` tokens
+    fit.
     """
 
     blocks: list[Block]
@@ -83,8 +88,8 @@ NO_MATCH = Match([], 0)
 class Published(NamedTuple):
     """What became of a published block.
 
-    ``serial`` is the identity of its content. ``indexed`` is False when an equal block of this tier already stands
-    for it. ``displaced`` is an orphan that had to make way.
+    ``serial`` is the identity of its content. ``indexed`` is False when an equal block of this tier already
+    stands for it. ``displaced`` is an orphan that had to make way.
     """
 
     serial: int
@@ -104,11 +109,15 @@ class Lookup(Policy):
 
     @abstractmethod
     def match(self, prefix: Prefix, max_tokens: int) -> Match:
-        """Return the longest cached prefix of at most ``max_tokens`` tokens, each block in its highest tier."""
+        """Return the longest cached prefix of at most ``max_tokens`` tokens, each block in its highest
+        tier.
+        """
 
     @abstractmethod
     def publish(self, block: Block) -> Published:
-        """Make ``block`` (key, parent, content set) findable; gives a new serial unless the content is known."""
+        """Make ``block`` (key, parent, content set) findable; gives a new serial unless the content is
+        known.
+        """
 
     @abstractmethod
     def forget(self, block: Block) -> None:
@@ -145,8 +154,8 @@ class NoLookup(Lookup):
 class ChainedHash(Lookup):
     """Find whole blocks by a hash of all tokens up to their end (vLLM). O(1) a block.
 
-    One dictionary a tier, from chained hash to block. An equal hash of other tokens finds the place taken and is
-    simply not indexed.
+    One dictionary a tier, from chained hash to block. An equal hash of other tokens finds the place taken and
+    is simply not indexed.
     """
 
     def reset(self, *, block_size: int, num_tiers: int) -> None:
@@ -171,8 +180,8 @@ class ChainedHash(Lookup):
                         break
                 else:
                     break
-            found.append(block)  # type: ignore[arg-type]
-            parent = block.serial  # type: ignore[union-attr]
+            found.append(block)
+            parent = block.serial
         return Match(found, len(found) * self._block_size) if found else NO_MATCH
 
     def publish(self, block: Block) -> Published:
@@ -213,8 +222,8 @@ class ChainedHash(Lookup):
 class RadixTree(Lookup):
     """Walk a tree of blocks, and into the middle of the next one: shares up to the last equal token (SGLang).
 
-    A node is one content; its children hang under its serial and are found by their tokens. The tail of the match is the
-    child that agrees with the most further tokens: O(children · block_size) once a match.
+    A node is one content; its children hang under its serial and are found by their tokens. The tail of the
+    match is the child that agrees with the most further tokens: O(children · block_size) once a match.
     """
 
     granularity: ClassVar[Literal["none", "block", "token"]] = "token"

@@ -53,7 +53,9 @@ class Preemption(Policy):
 
 class _ByOrder(Preemption):
     victim: str = param(
-        "last-in", choices=("last-in", "priority"), help="the one admitted last, or the lowest priority (then last)"
+        "last-in",
+        choices=("last-in", "priority"),
+        help="the one admitted last, or the lowest priority (then last)",
     )
 
     def choose(self, candidates: Sequence[C]) -> C:

@@ -1,8 +1,9 @@
 """Slot `prefetch`: what to bring up the tiers before it is asked for.
 
-Asked once a step, after scheduling. ``waiting`` is the queue in order, ``residency`` answers where a waiting sequence's prefix
-lies, ``link_budget`` how many blocks may be moved this step. The plan is a list of `Load`s in order of worth. The engine
-carries out what fits into *free* device blocks (a prefetch never evicts) and reports each load's fate to `feedback`.
+Asked once a step, after scheduling. ``waiting`` is the queue in order, ``residency`` answers where a waiting
+sequence's prefix lies, ``link_budget`` how many blocks may be moved this step. The plan is a list of `Load`s
+in order of worth. The engine carries out what fits into *free* device blocks (a prefetch never evicts) and
+reports each load's fate to `feedback`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Residency(Protocol):
     """Read-only answers about where prefixes lie."""
 
     def prefix(self, sequence: Waiting) -> list[Block]:
-        """Return the cached blocks of the sequence's prefix in order, each in the highest tier that holds it."""
+        """Return the cached blocks of the sequence's prefix in order, each in the highest tier that holds
+        it.
+        """
 
 
 class Prefetch(Policy):

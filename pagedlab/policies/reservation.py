@@ -1,11 +1,11 @@
 """Slot `reservation`: how much room a request claims when it is admitted.
 
-PagedAttention claims what the step at hand writes and grows block by block. The systems before it claimed the whole
-request at once; with a contiguous allocator that is what the paper compares against. What turns out not to be
-needed is waste; what turns out to be missing is grown on demand.
+PagedAttention claims what the step at hand writes and grows block by block. The systems before it claimed the
+whole request at once; with a contiguous allocator that is what the paper compares against. What turns out not
+to be needed is waste; what turns out to be missing is grown on demand.
 
-The three Orca variants are those of Kwon et al., "Efficient Memory Management for Large Language Model Serving with
-PagedAttention" (SOSP 2023), section 6.1.
+The three Orca variants are those of Kwon et al., "Efficient Memory Management for Large Language Model
+Serving with PagedAttention" (SOSP 2023), section 6.1.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Reservation(Policy):
 
     @abstractmethod
     def claim(self, sequence: Claimant, step_end: int, max_model_len: int) -> int:
-        """Return the tokens to have room for, in all. ``step_end`` is what this step fills; less than that is raised to it."""
+        """Return the tokens to have room for, in all. ``step_end`` is what this step fills; less than that is
+        raised to it.
+        """
 
 
 @register("reservation", "on-demand")
@@ -74,7 +76,9 @@ class Pow2(Reservation):
 
 @register("reservation", "oracle")
 class Oracle(Reservation):
-    """Claim exactly what the request will need (Orca-Oracle; takes the expected output length as the truth)."""
+    """Claim exactly what the request will need (Orca-Oracle; takes the expected output length as the
+    truth).
+    """
 
     def claim(self, sequence: Claimant, step_end: int, max_model_len: int) -> int:
         return _foreseen(sequence) - 1  # the last token is never fed back, so never stored

@@ -1,13 +1,14 @@
 """Slot `scheduler`: which sequences run this step, and with how many tokens.
 
-A scheduler asks, the engine grants. `plan` walks over the running and waiting sequences in whatever order it likes and
-calls ``step.grant(sequence, tokens)``; the engine finds the prefix, allocates, preempts, and returns how many tokens it
-granted (0: no room, no seat or no budget). A running sequence that needs memory may cost others theirs (slot
-`preemption`); a waiting one is only admitted into room that is there.
+A scheduler asks, the engine grants. `plan` walks over the running and waiting sequences in whatever order it
+likes and calls ``step.grant(sequence, tokens)``; the engine finds the prefix, allocates, preempts, and
+returns how many tokens it granted (0: no room, no seat or no budget). A running sequence that needs memory
+may cost others theirs (slot `preemption`); a waiting one is only admitted into room that is there.
 
-`plan` returns how long its decision stands. None: one step, ask again; a policy that says nothing is never wrong. `UNTIL_EVENT`:
-grant the same sequences one token each until something happens (an arrival, a finish, a cancellation, a block
-shortage, a sequence that is preempted). The engine then repeats the decision without asking, and a simulator leaps.
+`plan` returns how long its decision stands. None: one step, ask again; a policy that says nothing is never
+wrong. `UNTIL_EVENT`: grant the same sequences one token each until something happens (an arrival, a finish, a
+cancellation, a block shortage, a sequence that is preempted). The engine then repeats the decision without
+asking, and a simulator leaps.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Schedulable(Protocol):
 
 
 class Step(Protocol):
-    """One step as a scheduler sees it. ``running`` and ``waiting`` are snapshots in order of admission and of the queue."""
+    """One step as a scheduler sees it. ``running`` and ``waiting`` are snapshots in order of admission and of
+    the queue.
+    """
 
     @property
     def running(self) -> Sequence[Schedulable]:
@@ -64,8 +67,8 @@ class Step(Protocol):
     def grant(self, sequence: Schedulable, tokens: int, *, whole: bool = False) -> int:
         """Ask for up to ``tokens`` of a sequence; return how many were granted, after budget and memory.
 
-        ``whole`` asks for all that remains or nothing; alone in a step it may exceed the budget (or a long prompt
-        could never run unchunked). A sequence that was preempted during this step gets 0.
+        ``whole`` asks for all that remains or nothing; alone in a step it may exceed the budget (or a long
+        prompt could never run unchunked). A sequence that was preempted during this step gets 0.
         """
 
 
@@ -92,7 +95,9 @@ def _decoding(step: Step) -> Decision:
 
 @register("scheduler", "static-batch")
 class StaticBatch(Scheduler):
-    """Fill a batch, run it until its last sequence ends, then fill the next (`generate`, FasterTransformer)."""
+    """Fill a batch, run it until its last sequence ends, then fill the next (`generate`,
+    FasterTransformer).
+    """
 
     def plan(self, step: Step) -> Decision:
         if not step.running:
@@ -120,7 +125,9 @@ class IterationLevel(Scheduler):
 
 @register("scheduler", "chunked-prefill")
 class ChunkedPrefill(Scheduler):
-    """Running sequences first, then prompts in chunks up to the token budget (Sarathi-Serve, OSDI 2024; vLLM)."""
+    """Running sequences first, then prompts in chunks up to the token budget (Sarathi-Serve, OSDI 2024;
+    vLLM).
+    """
 
     max_chunk: int = param(1 << 30, low=1, unit="tokens", help="longest piece of one prompt in one step")
 

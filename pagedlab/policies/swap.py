@@ -1,8 +1,9 @@
 """Slot `swap`: what becomes of a block that the device gives up.
 
-Asked when the eviction policy has chosen a cached block. `Drop` forgets it; `HostTier` keeps a copy in host memory, where
-lookups still find it and whence it is brought back when it is hit or prefetched. The host tier also holds the blocks of
-sequences preempted by swapping, which are pinned there; cached copies make room for them.
+Asked when the eviction policy has chosen a cached block. `Drop` forgets it; `HostTier` keeps a copy in host
+memory, where lookups still find it and whence it is brought back when it is hit or prefetched. The host tier
+also holds the blocks of sequences preempted by swapping, which are pinned there; cached copies make room for
+them.
 """
 
 from __future__ import annotations
