@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from pagedlab import events as ev
+from pagedlab.cache.accounting import Memory, check_invariants
 from pagedlab.cache.moves import Move
 from pagedlab.cache.pool import BlockPool
 from pagedlab.cache.table import BlockTable
@@ -22,28 +22,6 @@ from pagedlab.policies.eviction import Eviction
 from pagedlab.policies.lookup import NO_MATCH, Lookup, Match, Prefix
 from pagedlab.policies.swap import Swap
 from pagedlab.registry import make
-
-
-class Memory(NamedTuple):
-    """Where the device tier's token slots are; the first six add up to the whole pool.
-
-    The kinds are those of Kwon et al. (SOSP 2023), figure 2, counted over sequences that hold blocks.
-    """
-
-    stored: int
-    """Slots that hold a computed token of a running sequence; shared ones counted once."""
-    reserved: int
-    """Held by running sequences for tokens that they may still produce."""
-    internal: int
-    """Held by running sequences and beyond anything that they can produce."""
-    external: int
-    """Free, and useless to the head of the queue because no run of them is long enough."""
-    cached: int
-    """In blocks that nobody uses and that a prefix can still find."""
-    free: int
-    """Free."""
-    saved: int
-    """Slots that sharing has saved: what would be stored besides if nobody shared."""
 
 
 class KVCache:
@@ -84,6 +62,7 @@ class KVCache:
             self.host = BlockPool(
                 host_blocks, FreeList(), host_eviction, self._host_evicted, tier=HOST, block_size=block_size
             )
+        self.pools = [self.device] if self.host is None else [self.device, self.host]
         lookup.reset(block_size=block_size, num_tiers=2 if host_blocks else 1)
         self._shares = lookup.granularity != "none"
         self._evicting: list[Block] = []
@@ -403,7 +382,7 @@ class KVCache:
 
     def clear(self) -> None:
         """Forget every cached prefix in every tier. Running sequences keep their blocks, which nobody else finds."""
-        for pool in self._pools():
+        for pool in self.pools:
             for block in pool.blocks:
                 if block.key is not None:
                     self.lookup.forget(block)
@@ -493,32 +472,6 @@ class KVCache:
             pool.saved_tokens,
         )
 
-    def _pools(self) -> list[BlockPool]:
-        return [self.device] if self.host is None else [self.device, self.host]
-
     def check(self, tables: Iterable[BlockTable]) -> None:
         """Raise `InvariantBroken` unless law 1 holds for ``tables``, which must be all that hold blocks. O(pool)."""
-        tables = list(tables)
-        for pool in self._pools():
-            pool.check()
-            held: dict[Block, int] = {}
-            for table in tables:
-                for block in table.host_blocks if pool.tier else table.blocks:
-                    held[block] = held.get(block, 0) + 1
-            for block in pool.blocks:
-                if block.ref_count != held.get(block, 0):
-                    raise InvariantBroken(
-                        f"{block!r}: count {block.ref_count}, held by {held.get(block, 0)} tables"
-                    )
-        if sum(t.num_tokens for t in tables if t.blocks) != self._tokens:
-            raise InvariantBroken("tokens in tables do not add up")
-        memory = self.memory()
-        if sum(memory[:6]) != self.device.capacity * self.block_size or min(memory) < 0:
-            raise InvariantBroken(f"memory does not add up: {memory}")
-        for table in tables:
-            if table.blocks and table.num_tokens > len(table.blocks) * self.block_size:
-                raise InvariantBroken(
-                    f"sequence {table.seq_id}: {table.num_tokens} tokens in {len(table.blocks)} blocks"
-                )
-            if table.indices != [b.index for b in table.blocks]:
-                raise InvariantBroken(f"sequence {table.seq_id}: table and indices differ")
+        check_invariants(self, list(tables))

@@ -14,58 +14,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from collections.abc import Sequence as ReadOnly
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import replace
 from heapq import heappop, heappush
 
 from pagedlab import events as ev
-from pagedlab.cache.kv_cache import KVCache, Memory
+from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.table import BlockTable
 from pagedlab.config import Config
 from pagedlab.engine.clock import Clock, WallClock, to_ps
 from pagedlab.engine.orders import Executor, SequenceStep, StepOrders, StepResult
+from pagedlab.engine.plan import CacheResidency, Plan
+from pagedlab.engine.records import StepRecord, Totals
 from pagedlab.engine.request import Request
 from pagedlab.engine.sequence import Group, Sequence, Status
 from pagedlab.errors import ConfigError, PagedLabError, PolicyError, RequestTooLarge
 from pagedlab.events import EventLog
 from pagedlab.policies.block import Block
 from pagedlab.policies.lookup import NO_MATCH
-from pagedlab.policies.prefetch import Waiting
-from pagedlab.policies.scheduler import Schedulable
-
-
-@dataclass(slots=True)
-class StepRecord:
-    """What one step did: a row of ``run.steps``, and of ``run.memory``."""
-
-    step: int
-    start: int
-    duration: int
-    num_running: int
-    num_waiting: int
-    prefill_tokens: int
-    decode_tokens: int
-    moves: int
-    preemptions: int
-    """Since the run began."""
-    memory: Memory
-
-
-@dataclass(slots=True)
-class Totals:
-    """Counts over a run."""
-
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    hit_tokens: int = 0
-    lookup_tokens: int = 0
-    recomputed_tokens: int = 0
-    preemptions: int = 0
-    swapped_out: int = 0
-    prefetch: dict[str, int] = field(
-        default_factory=lambda: {"done": 0, "refused": 0, "useful": 0, "useless": 0}
-    )
 
 
 class Engine:
@@ -84,9 +49,8 @@ class Engine:
         self.clock = clock or WallClock()
         self.events = EventLog() if events is None else events
         self.max_model_len = min(config.max_model_len or executor.max_model_len, executor.max_model_len)
-        policies = config.policies()
-        self._scheduler, self._preemption = policies.scheduler, policies.preemption
-        self._reservation, self._prefetch = policies.reservation, policies.prefetch
+        self.policies = policies = config.policies()
+        """The clones that this run works on."""
         host_blocks = config.num_host_blocks
         self.cache = KVCache(
             num_blocks=config.num_blocks,
@@ -100,8 +64,8 @@ class Engine:
             events=self.events,
             on_prefetch_fate=self._prefetch_fate,
         )
-        self._scheduler.reset()
-        self._prefetch.reset()
+        policies.scheduler.reset()
+        policies.prefetch.reset()
         self.waiting: deque[Sequence] = deque()
         """The queue, front first."""
         self.running: list[Sequence] = []
@@ -134,6 +98,10 @@ class Engine:
         """
         if request.request_id in self.groups:
             raise ConfigError(f"request id {request.request_id!r} is used twice; ids must be unique")
+        if request.sampling.seed is None:
+            # Different for every request, the same in every run.
+            seed = hash((self.config.seed, self._num_groups)) & (2**63 - 1)
+            request = replace(request, sampling=replace(request.sampling, seed=seed))
         arrival = max(to_ps(request.arrival), 0)
         group = Group(request, arrival, self._num_groups)
         self._num_groups += 1
@@ -175,7 +143,9 @@ class Engine:
             )
         if sampling.stop and self.executor.detokenize([]) is None:
             raise ConfigError(f"{name} has stop strings, but the model has no tokenizer; use stop_token_ids")
-        claim = max(self._reservation.claim(seq, seq.prompt_len, self.max_model_len), seq.table.final_len)
+        claim = max(
+            self.policies.reservation.claim(seq, seq.prompt_len, self.max_model_len), seq.table.final_len
+        )
         needed = -(-claim // self.config.block_size)
         if needed > self.cache.device.capacity:
             raise RequestTooLarge(
@@ -256,22 +226,22 @@ class Engine:
                     self.events.record(ev.REQUEST_ARRIVED, seq.seq_id, detail=seq.request_id)
 
     def _plan(self) -> StepOrders:
-        plan = _Plan(self)
+        plan = Plan(self)
         self.cache.scattered = False
         if self._standing:
             for seq in tuple(self._standing):
                 plan.grant(seq, 1)
         else:
-            decision = self._scheduler.plan(plan)
+            decision = self.policies.scheduler.plan(plan)
             # A decision that cost somebody their blocks was made for another set of sequences.
             self._standing = list(plan.entries) if decision is not None and not plan.lost else []
         if not plan.entries:
             self._standing = []
             raise PolicyError(
-                f"scheduler {type(self._scheduler).__name__} granted nothing, with {len(self.running)} sequences "
-                f"running and {len(self.waiting)} waiting: it would stall for ever"
+                f"scheduler {type(self.policies.scheduler).__name__} granted nothing, with {len(self.running)} "
+                f"sequences running and {len(self.waiting)} waiting: it would stall for ever"
             )
-        if self._prefetch.enabled and self.waiting:
+        if self.policies.prefetch.enabled and self.waiting:
             self._run_prefetch()
         batch = [self._entry(seq, n) for seq, n in plan.entries.items()]
         return StepOrders(self.events.step, self.cache.moves, batch, self._ended)
@@ -292,65 +262,69 @@ class Engine:
         )
 
     def _run_prefetch(self) -> None:
-        loads = self._prefetch.plan(tuple(self.waiting), _Residency(self.cache), self.config.prefetch_budget)
+        loads = self.policies.prefetch.plan(
+            tuple(self.waiting), CacheResidency(self.cache), self.config.prefetch_budget
+        )
         for load in loads[: self.config.prefetch_budget]:
             self._prefetch_fate(load.block, "done" if self.cache.prefetch(load.block) else "refused")
 
     def _prefetch_fate(self, block: Block, fate: str) -> None:
         self.totals.prefetch[fate] += 1
-        self._prefetch.feedback(block, fate)  # type: ignore[arg-type]
+        self.policies.prefetch.feedback(block, fate)  # type: ignore[arg-type]
 
     # ---- room --------------------------------------------------------------------------------------------------
 
-    def _admit(self, seq: Sequence, tokens: int, budget: int, whole: bool, alone: bool) -> int:
-        """Give a waiting sequence its prefix and room; return the tokens granted."""
+    def admit(self, seq: Sequence, tokens: int, whole: bool, plan: Plan) -> int:
+        """Give a waiting sequence its prefix and room, and make it run; return the tokens granted, 0 for no room."""
         spare = self.config.watermark_blocks if self.running else 0
-        table = seq.table
-        if table.swapped:
-            n = self._cut(seq.remaining, tokens, budget, whole, alone)
-            if not n or not self.cache.swap_in(table, self._claim(seq, table.num_tokens + n), spare=spare):
-                return 0
-            self.events.record(ev.REQUEST_RESUMED, seq.seq_id, detail="swap")
-            return n
+        resume = self._swap_in if seq.table.swapped else self._prefill
+        granted = resume(seq, tokens, whole, spare, plan)
+        if granted:
+            self.waiting.remove(seq)
+            self.running.append(seq)
+            seq.status = Status.RUNNING
+        return granted
+
+    def _swap_in(self, seq: Sequence, tokens: int, whole: bool, spare: int, plan: Plan) -> int:
+        n = plan.cut(seq.remaining, tokens, whole)
+        if not n or not self.cache.swap_in(seq.table, self._claim(seq, seq.num_computed + n), spare=spare):
+            return 0
+        self.events.record(ev.REQUEST_RESUMED, seq.seq_id, detail="swap")
+        return n
+
+    def _prefill(self, seq: Sequence, tokens: int, whole: bool, spare: int, plan: Plan) -> int:
         readmitted = seq.admitted_at is not None
-        match = self.cache.match(table.prefix, len(seq.tokens) - 1)
+        match = self.cache.match(seq.table.prefix, seq.num_tokens - 1)
         while True:
-            n = self._cut(len(seq.tokens) - match.num_tokens, tokens, budget, whole, alone)
+            n = plan.cut(seq.num_tokens - match.num_tokens, tokens, whole)
             if not n:
                 return 0
             claim = self._claim(seq, match.num_tokens + n)
-            if self.cache.admit(table, match, claim, spare=spare, readmitted=readmitted):
+            if self.cache.admit(seq.table, match, claim, spare=spare, readmitted=readmitted):
                 break
             if self.running or not match.num_tokens:
                 return 0
             # Alone, and the prefix itself is in the way (pinned, or splitting the only run): start from nothing.
             match = NO_MATCH
         if readmitted:
+            again = max(0, seq.num_tokens - 1 - match.num_tokens)
+            seq.recomputed_tokens += again
+            self.totals.recomputed_tokens += again
             self.events.record(ev.REQUEST_RESUMED, seq.seq_id, detail="recompute")
-            seq.recomputed_tokens += max(0, len(seq.tokens) - 1 - match.num_tokens)
-            self.totals.recomputed_tokens += max(0, len(seq.tokens) - 1 - match.num_tokens)
         else:
             seq.admitted_at = self.events.time
             seq.hit_tokens = match.num_tokens
             self.totals.hit_tokens += match.num_tokens
-            self.totals.lookup_tokens += len(seq.tokens)
             self.totals.prompt_tokens += seq.prompt_len
             self.events.record(ev.REQUEST_ADMITTED, seq.seq_id, detail=seq.request_id)
         return n
 
     def _claim(self, seq: Sequence, step_end: int) -> int:
         """Tokens to have room for at admission: the reservation's word, within what one sequence can ever get."""
-        claim = self._reservation.claim(seq, step_end, self.max_model_len)
+        claim = self.policies.reservation.claim(seq, step_end, self.max_model_len)
         return max(step_end, min(claim, self.cache.device.capacity * self.config.block_size))
 
-    @staticmethod
-    def _cut(remaining: int, tokens: int, budget: int, whole: bool, alone: bool) -> int:
-        """How much of ``remaining`` fits the request and the step's budget."""
-        if whole:
-            return remaining if remaining <= budget or alone else 0
-        return max(0, min(remaining, tokens, budget))
-
-    def _make_room(self, seq: Sequence, num_tokens: int, plan: _Plan) -> bool:
+    def make_room(self, seq: Sequence, num_tokens: int, plan: Plan) -> bool:
         """Grow a running sequence, at others' cost if need be; False if it was preempted itself."""
         while not self.cache.grow(seq.table, num_tokens):
             self._standing = []
@@ -361,10 +335,10 @@ class Engine:
                     f"sequence {seq.seq_id} is alone and has no room for {num_tokens} tokens: "
                     f"allocator {type(self.cache.device.allocator).__name__} refuses blocks that are free"
                 )
-            victim = self._preemption.choose(candidates)
+            victim = self.policies.preemption.choose(candidates)
             if victim not in candidates:
                 raise PolicyError(
-                    f"preemption {type(self._preemption).__name__} chose {victim!r}, which was not offered"
+                    f"preemption {type(self.policies.preemption).__name__} chose {victim!r}, which was not offered"
                 )
             self._preempt(victim)
             plan.entries.pop(victim, None)
@@ -374,7 +348,7 @@ class Engine:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        swapped = self._preemption.mode(seq) == "swap" and self.cache.swap_out(seq.table)
+        swapped = self.policies.preemption.mode(seq) == "swap" and self.cache.swap_out(seq.table)
         if not swapped:
             self.cache.release(seq.table)
         seq.num_preemptions += 1
@@ -489,64 +463,3 @@ class Engine:
     def check(self) -> None:
         """Raise `InvariantBroken` unless law 1 holds now."""
         self.cache.check(self.tables())
-
-
-class _Plan:
-    """One step in the making, as the scheduler sees it (`pagedlab.policies.scheduler.Step`)."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.running: ReadOnly[Sequence] = tuple(engine.running)
-        self.budget = engine.config.max_num_batched_tokens
-        self.entries: dict[Sequence, int] = {}
-        self.lost: set[Sequence] = set()
-        """Preempted while this plan was made."""
-
-    @cached_property
-    def waiting(self) -> ReadOnly[Sequence]:
-        """The queue as it was when first asked for."""
-        return tuple(self._engine.waiting)
-
-    @property
-    def seats(self) -> int:
-        """Sequences that may still be admitted (a request of n samples takes n)."""
-        taken = sum(1 + s.to_fork for s in self._engine.running)
-        return self._engine.config.max_num_seqs - taken
-
-    def grant(self, sequence: Schedulable, tokens: int, *, whole: bool = False) -> int:
-        """See `pagedlab.policies.scheduler.Step.grant`."""
-        engine, seq = self._engine, sequence
-        assert isinstance(seq, Sequence)
-        if seq in self.entries:
-            raise PolicyError(
-                f"scheduler {type(engine._scheduler).__name__} asked twice for {seq!r} in one step"
-            )
-        alone = not self.entries
-        if seq.status is Status.RUNNING:
-            n = engine._cut(seq.remaining, tokens, self.budget, whole, alone)
-            if n and not engine._make_room(seq, seq.num_computed + n, self):
-                n = 0
-        elif seq.status is Status.WAITING and seq not in self.lost and self.seats > seq.to_fork:
-            n = engine._admit(seq, tokens, self.budget, whole, alone)
-            if n:
-                engine.waiting.remove(seq)
-                engine.running.append(seq)
-                seq.status = Status.RUNNING
-        else:
-            n = 0
-        if n:
-            self.entries[seq] = n
-            self.budget -= n
-        return n
-
-
-class _Residency:
-    """Where prefixes lie (`pagedlab.policies.prefetch.Residency`)."""
-
-    def __init__(self, cache: KVCache) -> None:
-        self._cache = cache
-
-    def prefix(self, sequence: Waiting) -> list[Block]:
-        """Return the cached blocks of the sequence's prefix, each in its highest tier."""
-        assert isinstance(sequence, Sequence)
-        return self._cache.match(sequence.table.prefix, len(sequence.tokens) - 1).blocks

@@ -8,18 +8,16 @@ from typing import Any
 
 from pagedlab.errors import ConfigError
 
-UNSEEDED = 0
-
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are drawn and when it ends.
 
     ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 are off.
-    ``n`` parallel samples share the prompt's blocks. The draw at each position depends on ``seed``, the
-    sample's number and the position alone, so preemption, batching and policies cannot change it. Stop
-    strings end the text before their first occurrence; ``stop_token_ids`` end it as the model's own
-    end-of-sequence ids do, unless ``ignore_eos``.
+    ``n`` parallel samples share the prompt's blocks. The draw at each position depends on ``seed`` (None: one
+    from the run's own seed), the sample's number and the position alone, so preemption, batching and policies
+    cannot change it. Stop strings end the text before their first occurrence; ``stop_token_ids`` end it as
+    the model's own end-of-sequence ids do, unless ``ignore_eos``.
     """
 
     max_tokens: int = 64
@@ -28,7 +26,7 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int = UNSEEDED
+    seed: int | None = None
     n: int = 1
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -50,6 +48,8 @@ class SamplingParams:
         ]
         for name, low, high in limits:
             value = getattr(self, name)
+            if name == "seed" and value is None:
+                continue
             whole = name in ("max_tokens", "top_k", "seed", "n")
             if (
                 isinstance(value, bool)

@@ -3,13 +3,18 @@
 The policy here is the choice and its parameters; the device code lives in `pagedlab.kernels` and is found lazily by
 ``implementation`` ("module:attribute"), so that listing and simulating need no torch. An implementation is a class
 with the methods of `pagedlab.kernels.base.PagedAttention`; it runs with every layout.
+
+The executor asks ``resolve(device, dtype)`` once, before it allocates a cache, and uses what comes back: `auto` answers
+with its choice, every other kernel with itself, or with the reason why it cannot serve there.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+from pagedlab.errors import ConfigError
 from pagedlab.policies.base import Policy
+from pagedlab.registry import register
 
 
 class Kernel(Policy):
@@ -23,3 +28,52 @@ class Kernel(Policy):
     implementation: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16", "float64")
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    efficiency: ClassVar[float | None] = None
+
+    def resolve(self, device: str, dtype: str) -> Kernel:
+        """Return the kernel to use for a cache of ``dtype`` ("float32", ...) on ``device`` ("cpu", "cuda:0", ...).
+
+        Raises `ConfigError` that names what this kernel supports if that device or dtype is not among it.
+        """
+        title = self.name or type(self).__name__
+        if device.partition(":")[0] not in self.devices:
+            raise ConfigError(f"kernel {title!r} runs on {', '.join(self.devices)}, not on {device!r}")
+        if dtype not in self.dtypes:
+            raise ConfigError(f"kernel {title!r} serves a cache of {', '.join(self.dtypes)}, not {dtype!r}")
+        return self
+
+
+@register("kernel", "dense")
+class Dense(Kernel):
+    """The yardstick: each context gathered from its blocks, then softmax(QKᵀ)V by the book, in at least float32."""
+
+    implementation = "pagedlab.kernels.dense:DenseReference"
+
+
+@register("kernel", "gather-sdpa")
+class GatherSDPA(Kernel):
+    """Each context gathered from its blocks into contiguous memory, then torch's scaled_dot_product_attention.
+
+    What a system does that has no paged kernel: it moves every key and value twice more than needed.
+    """
+
+    implementation = "pagedlab.kernels.gather:GatherSDPA"
+
+
+@register("kernel", "cpu-paged")
+class CPUPaged(Kernel):
+    """Reads keys and values where they lie (Kwon et al. 2023, section 4.3), with an online softmax, on CPU cores."""
+
+    implementation = "pagedlab.kernels.cpu:CPUPagedAttention"
+    devices = ("cpu",)
+
+
+@register("kernel", "auto")
+class Auto(Kernel):
+    """The fastest kernel for the device at hand: cpu-paged on a CPU, gather-sdpa elsewhere."""
+
+    implementation = ""
+
+    def resolve(self, device: str, dtype: str) -> Kernel:
+        choice: Kernel = CPUPaged() if device.partition(":")[0] == "cpu" else GatherSDPA()
+        return choice.resolve(device, dtype)

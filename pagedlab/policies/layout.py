@@ -1,7 +1,7 @@
 """Slot `layout`: how block tables are encoded for the kernel.
 
 The cache knows a block table as a list of physical block numbers. A kernel wants flat integers. A layout keeps
-both in step: it owns two int32 arrays, ``entries`` and ``index``, updates them incrementally as sequences grow,
+both in step: it owns two flat int32 arrays, ``entries`` and ``index``, updates them incrementally as sequences grow,
 and names the device function that finds a physical block in them. Kernels are written once, against
 
     block_of(entries, index, row, i) -> physical block of logical block i of the sequence in `row`
@@ -22,7 +22,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pagedlab.errors import InvariantBroken
 from pagedlab.policies.base import Policy
+from pagedlab.registry import register
 
 Int32Array = NDArray[np.int32]
 
@@ -70,3 +72,171 @@ class Layout(Policy):
         """Bytes held by the encoding now."""
         entries, index = self.arrays()
         return int(entries.nbytes + index.nbytes)
+
+
+class _Rows(Layout):
+    """Shared bookkeeping: how long each row's table is, and whether the row is open (-1: closed)."""
+
+    def reset(self, *, max_rows: int, max_blocks: int) -> None:
+        self.max_rows, self.max_blocks = max_rows, max_blocks
+        self._lengths = [-1] * max_rows
+
+    def _opening(self, row: int, count: int) -> None:
+        if self._lengths[row] >= 0:
+            raise InvariantBroken(f"row {row} of the block table is opened twice")
+        self._lengths[row] = 0
+        self._extending(row, count)
+
+    def _extending(self, row: int, count: int) -> int:
+        """Count ``count`` more blocks; return where they go."""
+        at = self._lengths[row]
+        if at < 0 or at + count > self.max_blocks:
+            state = "closed" if at < 0 else f"full at {self.max_blocks} blocks"
+            raise InvariantBroken(f"row {row} of the block table cannot take {count} blocks: it is {state}")
+        self._lengths[row] = at + count
+        return at
+
+    def _within(self, row: int, i: int) -> int:
+        if not 0 <= i < self._lengths[row]:
+            raise InvariantBroken(f"row {row} of the block table has no logical block {i}")
+        return i
+
+    def close(self, row: int) -> None:
+        if self._lengths[row] < 0:
+            raise InvariantBroken(f"row {row} of the block table is closed twice")
+        self._lengths[row] = -1
+
+
+@register("layout", "padded")
+class Padded(_Rows):
+    """One matrix, a row per sequence, as wide as the longest table (vLLM's block table).
+
+    ::
+
+        entries  row 0 | 7 3 9 . |      index = [width]
+                 row 1 | 2 . . . |      block_of = entries[row * width + i]
+                 row 2 | 5 1 8 4 |
+
+    One read per block and O(1) changes; the width doubles when a table outgrows it, which copies the matrix. Memory is
+    ``max_rows * width`` whatever the sequences hold, so one long sequence makes every row wide.
+    """
+
+    device_functions = "pagedlab.kernels.layouts:padded"
+
+    def reset(self, *, max_rows: int, max_blocks: int) -> None:
+        super().reset(max_rows=max_rows, max_blocks=max_blocks)
+        self._matrix = np.zeros((max_rows, min(8, max_blocks)), dtype=np.int32)
+
+    def open(self, row: int, blocks: Sequence[int]) -> None:
+        self._opening(row, len(blocks))
+        self._store(row, 0, blocks)
+
+    def append(self, row: int, blocks: Sequence[int]) -> None:
+        self._store(row, self._extending(row, len(blocks)), blocks)
+
+    def _store(self, row: int, at: int, blocks: Sequence[int]) -> None:
+        end, width = at + len(blocks), self._matrix.shape[1]
+        if end > width:
+            wider = np.zeros((self.max_rows, min(self.max_blocks, max(end, 2 * width))), dtype=np.int32)
+            wider[:, :width] = self._matrix
+            self._matrix = wider
+        self._matrix[row, at:end] = blocks
+
+    def replace(self, row: int, i: int, block: int) -> None:
+        self._matrix[row, self._within(row, i)] = block
+
+    def decode(self, row: int) -> list[int]:
+        return self._matrix[row, : max(0, self._lengths[row])].tolist()  # type: ignore[no-any-return]
+
+    def arrays(self) -> tuple[Int32Array, Int32Array]:
+        return self._matrix.reshape(-1), np.array([self._matrix.shape[1]], dtype=np.int32)
+
+    def bytes_read(self, num_blocks: int) -> int:
+        return 4 * num_blocks
+
+
+@register("layout", "csr")
+class CSR(_Rows):
+    """All tables in one array, one after the other, with room to grow; `index` says where each begins.
+
+    ::
+
+        entries  | 7 3 9 . | 5 1 8 4 | 2 . | free ...      index = start of each row
+                   row 0     row 2     row 1               block_of = entries[index[row] + i]
+
+    Memory follows what the sequences hold: a row has room for at most twice its table. One that outgrows its room moves
+    to the end with twice as much; when more than half of the used array is left behind, all rows are packed again.
+    Appends are O(1) amortised; a kernel reads one start per sequence more than the padded matrix.
+    """
+
+    device_functions = "pagedlab.kernels.layouts:csr"
+
+    def reset(self, *, max_rows: int, max_blocks: int) -> None:
+        super().reset(max_rows=max_rows, max_blocks=max_blocks)
+        self._entries = np.zeros(max(16, max_rows), dtype=np.int32)
+        self._start = np.zeros(max_rows, dtype=np.int32)
+        self._room = [0] * max_rows
+        self._used = self._garbage = 0
+
+    def open(self, row: int, blocks: Sequence[int]) -> None:
+        self._opening(row, len(blocks))
+        self._room[row] = 0
+        self._store(row, 0, blocks)
+
+    def append(self, row: int, blocks: Sequence[int]) -> None:
+        self._store(row, self._extending(row, len(blocks)), blocks)
+
+    def _store(self, row: int, at: int, blocks: Sequence[int]) -> None:
+        if at + len(blocks) > self._room[row]:
+            self._move(row, at, min(self.max_blocks, max(4, 2 * self._room[row], at + len(blocks))))
+        start = int(self._start[row]) + at
+        self._entries[start : start + len(blocks)] = blocks
+
+    def _move(self, row: int, length: int, room: int) -> None:
+        """Give ``row`` new room at the end and take its ``length`` entries along."""
+        if self._used + room > len(self._entries):
+            larger = np.zeros(max(2 * len(self._entries), self._used + room), dtype=np.int32)
+            larger[: self._used] = self._entries[: self._used]
+            self._entries = larger
+        old = int(self._start[row])
+        self._entries[self._used : self._used + length] = self._entries[old : old + length]
+        self._abandon(row)
+        self._start[row], self._room[row] = self._used, room
+        self._used += room
+        if 2 * self._garbage > self._used:
+            self._pack(row, length)
+
+    def _abandon(self, row: int) -> None:
+        self._garbage += self._room[row]
+        self._start[row] = self._room[row] = 0
+
+    def _pack(self, moving: int = -1, length: int = 0) -> None:
+        """Copy every open row to the front of a fresh array; the row on the move still has its old ``length``."""
+        packed = np.zeros(max(16, self._used), dtype=np.int32)
+        end = 0
+        for row, room in enumerate(self._room):
+            if room:
+                count, start = (length if row == moving else self._lengths[row]), int(self._start[row])
+                packed[end : end + count] = self._entries[start : start + count]
+                self._start[row] = end
+                end += room
+        self._entries, self._used, self._garbage = packed, end, 0
+
+    def replace(self, row: int, i: int, block: int) -> None:
+        self._entries[int(self._start[row]) + self._within(row, i)] = block
+
+    def close(self, row: int) -> None:
+        super().close(row)
+        self._abandon(row)
+        if 2 * self._garbage > self._used:
+            self._pack()
+
+    def decode(self, row: int) -> list[int]:
+        start = int(self._start[row])
+        return self._entries[start : start + max(0, self._lengths[row])].tolist()  # type: ignore[no-any-return]
+
+    def arrays(self) -> tuple[Int32Array, Int32Array]:
+        return self._entries, self._start
+
+    def bytes_read(self, num_blocks: int) -> int:
+        return 4 * num_blocks + 4
