@@ -86,7 +86,8 @@ def contenders() -> dict[str, Contender]:
 
 def measure(num_requests: int = 2000, decode_requests: int = 300, repeats: int = 5) -> list[dict[str, Any]]:
     """Run every contender ``repeats`` times, alternating, and return a row for each kind of work and
-    contender."""
+    contender.
+    """
     found = contenders()
     # What the imports left behind is no part of the work: a full collection over it would hit one contender by chance.
     gc.collect()

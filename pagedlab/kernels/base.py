@@ -1,17 +1,18 @@
 """The contract that every paged attention implementation fulfils.
 
-Shapes are those of one flat, ragged batch: `num_tokens` query tokens of `num_seqs` sequences lie one after the other.
-Sequence s owns query rows ``query_start[s] : query_start[s + 1]``; they are the *last* tokens of its context of
-``context_lens[s]`` tokens, whose keys and values (its own new ones included, already written) lie in the blocks that
+Shapes are those of one flat, ragged batch: `num_tokens` query tokens of `num_seqs` sequences lie one after
+the other. Sequence s owns query rows ``query_start[s] : query_start[s + 1]``; they are the *last* tokens of
+its context of ``context_lens[s]`` tokens, whose keys and values (its own new ones included, already written)
+lie in the blocks that
 the layout gives for ``rows[s]``::
 
     context of sequence s   |<------------- context_lens[s] -------------->|
     blocks                  | block_of(0) | block_of(1) | block_of(2) |... |
     queries                                       |<- query_start diff --->|
 
-Query token j of a sequence with q query tokens stands at position ``context_len - q + j`` and sees keys at positions
-``<= `` its own, and with a sliding window w only ``> position - w``. Slots past the context, and unused blocks, may hold
-anything, NaN included: they must never influence an output.
+Query token j of a sequence with q query tokens stands at position ``context_len - q + j`` and sees keys at
+positions ``<= `` its own, and with a sliding window w only ``> position - w``. Slots past the context, and
+unused blocks, may hold anything, NaN included: they must never influence an output.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class AttentionBatch:
     """What one step's attention needs besides the tensors; the same for every layer.
 
     ``query_start`` int32 [num_seqs + 1], ``context_lens`` int32 [num_seqs], ``rows`` int32 [num_seqs],
-    ``slots`` int64 [num_tokens] (``block * block_size + offset`` where each token's key and value are written),
-    ``entries`` and ``index`` the layout's arrays.
+    ``slots`` int64 [num_tokens] (``block * block_size + offset`` where each token's key and value are
+    written), ``entries`` and ``index`` the layout's arrays.
     """
 
     query_start: Int32Array
@@ -47,7 +48,8 @@ class AttentionBatch:
 
 
 class PagedAttention(Protocol):
-    """One kernel for one layout. The block is axis 0 of every cache tensor, the rest is the kernel's choice."""
+    """One kernel for one layout. The block is axis 0 of every cache tensor, the rest is the kernel's
+    choice."""
 
     axis_order: tuple[str, ...]
     """Names of the cache tensors' axes, e.g. ``("block", "head", "token", "channel")``."""
@@ -82,6 +84,6 @@ class PagedAttention(Protocol):
     ) -> torch.Tensor:
         """Return [num_tokens, num_heads, value_head_size] for ``query`` [num_tokens, num_heads, head_size].
 
-        Grouped-query heads: query head h reads KV head ``h // (num_heads // num_kv_heads)``. Soft cap c replaces a
-        scaled score x by ``c * tanh(x / c)``.
+        Grouped-query heads: query head h reads KV head ``h // (num_heads // num_kv_heads)``. Soft cap c
+        replaces a scaled score x by ``c * tanh(x / c)``.
         """

@@ -1,0 +1,68 @@
+"""The device functions of the built-in layouts: ``block_of(entries, index, row, i) -> physical block``.
+
+A layout policy only names its functions (``"module:attribute"``); they live here because they need numba or torch.
+Each has two forms with one meaning. The numba form takes integers and is compiled into a kernel's loop; the torch
+form takes a tensor of rows and a tensor of logical indices (broadcast against each other) and returns the tensor of
+physical blocks. Adding a layout means adding one pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from numba import njit
+
+from pagedlab.errors import ConfigError
+from pagedlab.policies.layout import Layout
+
+
+class BlockOf(NamedTuple):
+    """Both forms of one layout's device function.
+
+    ``numba`` is a function compiled with ``njit`` (or one that can be): ``(int32[:], int32[:], int, int) -> int``.
+    ``torch`` maps ``(entries, index, rows, i)``, int32 [*] tensors and two int64 tensors, to an int64 tensor.
+    """
+
+    numba: Callable[..., Any]
+    torch: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def device_functions(layout: Layout) -> BlockOf:
+    """Load what ``layout.device_functions`` names, or raise `ConfigError` saying what is missing."""
+    module, _, attribute = layout.device_functions.partition(":")
+    try:
+        return getattr(import_module(module), attribute)  # type: ignore[no-any-return]
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"layout {layout.name or type(layout).__name__!r} names device functions "
+            f"{layout.device_functions!r}, which cannot be loaded: {error}"
+        ) from error
+
+
+@njit(inline="always")
+def _padded_numba(entries, index, row, i):  # type: ignore[no-untyped-def]
+    return entries[row * index[0] + i]
+
+
+def _padded_torch(
+    entries: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, i: torch.Tensor
+) -> torch.Tensor:
+    return entries[rows * index[0].long() + i].long()
+
+
+@njit(inline="always")
+def _csr_numba(entries, index, row, i):  # type: ignore[no-untyped-def]
+    return entries[index[row] + i]
+
+
+def _csr_torch(
+    entries: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, i: torch.Tensor
+) -> torch.Tensor:
+    return entries[index[rows].long() + i].long()
+
+
+padded = BlockOf(_padded_numba, _padded_torch)
+csr = BlockOf(_csr_numba, _csr_torch)

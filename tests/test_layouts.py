@@ -1,0 +1,137 @@
+"""Law 3 for layouts: decode gives back the tables after any change, and every form of `block_of` reads the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import njit
+
+import pagedlab.kernels.layouts as layouts
+from pagedlab.errors import ConfigError, InvariantBroken
+from pagedlab.policies.layout import CSR, Layout, Padded
+
+ROWS, BLOCKS = 5, 40
+ALL = [Padded, CSR]
+
+
+@pytest.fixture(scope="module", params=ALL, ids=lambda cls: cls.name)
+def kind(request):
+    return request.param
+
+
+@njit
+def _read(block_of, entries, index, row, count):
+    return [block_of(entries, index, row, i) for i in range(count)]
+
+
+def check(layout: Layout, tables: dict[int, list[int]]) -> None:
+    for row in range(ROWS):
+        assert layout.decode(row) == tables.get(row, [])
+    entries, index = layout.arrays()
+    assert entries.dtype == index.dtype == np.int32
+    assert entries.ndim == index.ndim == 1
+    rows = np.repeat(sorted(tables), [len(tables[row]) for row in sorted(tables)]).astype(np.int64)
+    logical = np.concatenate([np.arange(len(tables[row])) for row in sorted(tables)] or [rows])
+    expected = [block for row in sorted(tables) for block in tables[row]]
+    block_of = layouts.device_functions(layout)
+    tensors = [torch.from_numpy(a) for a in (entries, index, rows, logical)]
+    assert block_of.torch(*tensors).tolist() == expected
+    for row, table in tables.items():
+        if table:
+            assert _read(block_of.numba, entries, index, row, len(table)) == table
+
+
+blocks = st.lists(st.integers(0, 2**31 - 1), max_size=12)
+changes = st.lists(
+    st.tuples(
+        st.sampled_from(["open", "append", "append", "append", "replace", "close"]),
+        st.integers(0, ROWS - 1),
+        blocks,
+        st.integers(0, BLOCKS - 1),
+    ),
+    max_size=60,
+)
+
+
+@settings(deadline=None)
+@given(changes)
+def test_tables_survive_every_change(kind, operations):
+    layout = kind()
+    layout.reset(max_rows=ROWS, max_blocks=BLOCKS)
+    tables: dict[int, list[int]] = {}
+    for what, row, new, i in operations:
+        table = tables.get(row)
+        if what == "open" and table is None:
+            layout.open(row, new)
+            tables[row] = list(new)
+        elif what == "append" and table is not None and len(table) + len(new) <= BLOCKS:
+            layout.append(row, new)
+            table += new
+        elif what == "replace" and table and i < len(table):
+            layout.replace(row, i, 7)
+            table[i] = 7
+        elif what == "close" and table is not None:
+            layout.close(row)
+            del tables[row]
+        check(layout, tables)
+
+
+def test_reset_starts_empty(kind):
+    layout = kind()
+    layout.reset(max_rows=2, max_blocks=4)
+    layout.open(0, [3, 1])
+    layout.reset(max_rows=2, max_blocks=4)
+    assert layout.decode(0) == []
+    layout.open(0, [2])
+    assert layout.decode(0) == [2]
+
+
+def test_csr_memory_follows_the_sequences_and_padded_the_longest():
+    sizes = {}
+    for cls in ALL:
+        layout = cls()
+        layout.reset(max_rows=256, max_blocks=10_000)
+        layout.open(0, range(10_000))
+        for row in range(1, 10):
+            layout.open(row, range(20))
+        full = layout.nbytes
+        layout.close(0)
+        for _ in range(200):  # churn leaves garbage behind, which packing takes away
+            layout.close(5)
+            layout.open(5, range(20))
+        sizes[cls] = full, layout.nbytes
+    assert sizes[CSR][0] < sizes[Padded][0] / 50
+    assert sizes[CSR][1] < sizes[CSR][0] / 20
+
+
+def test_misuse_is_named(kind):
+    layout = kind()
+    layout.reset(max_rows=2, max_blocks=3)
+    layout.open(0, [1])
+    with pytest.raises(InvariantBroken, match="opened twice"):
+        layout.open(0, [1])
+    with pytest.raises(InvariantBroken, match="full at 3"):
+        layout.append(0, [1, 2, 3])
+    with pytest.raises(InvariantBroken, match="closed"):
+        layout.append(1, [1])
+    with pytest.raises(InvariantBroken, match="no logical block 1"):
+        layout.replace(0, 1, 9)
+    with pytest.raises(InvariantBroken, match="closed twice"):
+        layout.close(1)
+    assert layout.decode(0) == [1]
+
+
+def test_kernels_read_at_least_the_entries(kind):
+    layout = kind()
+    assert layout.bytes_read(100) >= 400
+
+
+def test_missing_device_functions_are_named():
+    class Nowhere(Padded):
+        device_functions = "pagedlab.kernels.layouts:nowhere"
+
+    with pytest.raises(ConfigError, match="nowhere"):
+        layouts.device_functions(Nowhere())
