@@ -234,18 +234,9 @@ class Config:
         if not isinstance(data, dict):
             raise ConfigError(f"{where}: a config is a JSON object, not {type(data).__name__}")
         values: dict[str, Any] = {}
-        for key, value in data.items():
-            if key in SLOTS and isinstance(value, dict):
-                unknown = set(value) - {"name", "params", "registered"}
-                if (
-                    unknown
-                    or not isinstance(value.get("name"), str)
-                    or not isinstance(value.get("params", {}), dict)
-                ):
-                    raise ConfigError(f'{where}: {key} must be a name or {{"name": ..., "params": {{...}}}}')
-                value = make(key, value["name"], **value.get("params", {}))
-            values[key] = value
         try:
+            for key, value in data.items():
+                values[key] = _named(key, value) if key in SLOTS and isinstance(value, dict) else value
             return cls().replace(**values)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
@@ -267,6 +258,8 @@ class Config:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{where}:{error.lineno}: not valid JSON: {error.msg}") from None
+        except (RecursionError, ValueError) as error:
+            raise ConfigError(f"{where}: not a config: {error}") from None
         return cls.from_dict(data, where)
 
     @classmethod
@@ -283,6 +276,14 @@ class Config:
         )
         sizes = f"{self.num_blocks} blocks of {self.block_size} tokens, at most {self.max_num_seqs} sequences"
         return f"<table><caption>{escape(self.model)}: {sizes}</caption>{rows}</table>"
+
+
+def _named(slot: str, value: dict[str, Any]) -> Policy:
+    """Build the policy that a file names."""
+    unknown = set(value) - {"name", "params", "registered"}
+    if unknown or not isinstance(value.get("name"), str) or not isinstance(value.get("params", {}), dict):
+        raise ConfigError(f'{slot} must be a name or {{"name": ..., "params": {{...}}}}')
+    return make(slot, value["name"], **value.get("params", {}))
 
 
 def _whole(name: str, value: Any, low: int) -> None:

@@ -30,6 +30,10 @@ class ResultsError(PagedLabError, ValueError):
     """A saved run cannot be read: the message names the file and what is wrong with it."""
 
 
+class WorkloadError(PagedLabError, ValueError):
+    """A workload is unknown, or cannot be made from what was given."""
+
+
 class RequestTooLarge(PagedLabError, ValueError):
     """A request that could never finish, refused at once.
 

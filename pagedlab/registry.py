@@ -104,7 +104,7 @@ def is_registered(policy: Policy) -> bool:
     return _classes[policy.slot].get(policy.name) is type(policy)
 
 
-def make(slot: str, name: str, **params: Any) -> Policy:
+def make(slot: str, name: str, /, **params: Any) -> Policy:
     """Build a policy by name: ``make("eviction", "lru")``.
 
     Raises `ConfigError` for an unknown slot, name or parameter, and for a value outside its declared range.

@@ -175,6 +175,9 @@ class KVCache:
     def _load(self, source: Block, target: Block, now: int) -> Block:
         """Make ``target`` (taken, in use) the device copy of a pinned host block."""
         self.moves.append(Move(HOST, source.index, DEVICE, target.index))
+        if source.key is None:
+            # While room was made, an evicted orphan took its place in the index: usable, but not findable any more.
+            return target
         target.key, target.parent, target.parent_key = source.key, source.parent, source.parent_key
         target.content, target.salt, target.depth = source.content, source.salt, source.depth
         target.session, target.request_class = source.session, source.request_class

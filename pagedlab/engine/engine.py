@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from pagedlab import events as ev
 from pagedlab.cache.kv_cache import KVCache
@@ -167,12 +167,21 @@ class Engine:
         alive = [s for s in group.sequences if s.status is not Status.FINISHED] if group else []
         for seq in alive:
             self._finish(seq, "cancelled")
+        if any(entry[2] is group for entry in self._future):
+            # Nobody waits for the arrival of what nobody wants.
+            self._future = [entry for entry in self._future if entry[2] is not group]
+            heapify(self._future)
         return bool(alive)
 
     @property
     def has_work(self) -> bool:
         """True while a request is running, waiting or yet to arrive."""
         return bool(self.running or self.waiting or self._future)
+
+    @property
+    def idle_until(self) -> int | None:
+        """Time of the next arrival in picoseconds if there is nothing to do before it, else None."""
+        return self._future[0][0] if self._future and not self.running and not self.waiting else None
 
     def clear_cache(self) -> None:
         """Forget every cached prefix."""
@@ -233,8 +242,10 @@ class Engine:
                 plan.grant(seq, 1)
         else:
             decision = self.policies.scheduler.plan(plan)
-            # A decision that cost somebody their blocks was made for another set of sequences.
-            self._standing = list(plan.entries) if decision is not None and not plan.lost else []
+            # A decision that cost somebody their blocks was made for another set of sequences; and one that leaves a
+            # running sequence out can change with memory, for it hands that one what another gives up.
+            stands = decision is not None and not plan.lost and len(plan.entries) == len(self.running)
+            self._standing = list(plan.entries) if stands else []
         if not plan.entries:
             self._standing = []
             raise PolicyError(

@@ -1,0 +1,1 @@
+"""Experiments: run a configuration on a workload, watch it live, compare several, keep and plot what came out."""

@@ -1,0 +1,465 @@
+"""The command line: ``pagedlab list | generate | compare | bench | demo | lab``.
+
+What a person got wrong comes back as one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import pagedlab
+from pagedlab.errors import ConfigError, PagedLabError, nearest
+
+if TYPE_CHECKING:
+    from pagedlab.config import Config
+
+BENCHMARKS = ("engine", "cache", "kernel")
+_POOL = 512
+"""Blocks of `generate`'s pool, unless told otherwise: room for a few sequences of 2,048 tokens."""
+
+
+class _Commands(TyperGroup):
+    """Turns errors that have a name into one line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PagedLabError as error:
+            typer.echo(f"pagedlab: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("pagedlab: interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="pagedlab",
+    help="A laboratory for the KV cache of large language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Model = Annotated[str, typer.Option(help='"tiny", a local model folder, or a hub name.')]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change a policy (eviction=lfu), one of its parameters "
+                 "(swap.min_hits=2) or a size (num_blocks=64). May be repeated."),
+]  # fmt: skip
+NumBlocks = Annotated[int | None, typer.Option(help="Blocks of the device pool.")]
+BlockSize = Annotated[int | None, typer.Option(help="Tokens per block.")]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="Longest sequence in tokens [default: what model and pool allow].")
+]
+MaxNumSeqs = Annotated[int | None, typer.Option(help="Sequences that may run at once.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pagedlab {pagedlab.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None: ...
+
+
+@app.command("list")
+def list_command(
+    slot: Annotated[
+        str | None, typer.Argument(help="One of the ten slots, e.g. eviction; all if left out.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the policies of every slot with their parameters."""
+    from pagedlab.registry import list_policies
+
+    rows = list_policies(slot)
+    if json:
+        _print_json("list", rows)
+        return
+    table = [[r["slot"], r["name"], _one_line(r["summary"]), _parameters(r["params"])] for r in rows]
+    _print_table(["slot", "name", "what it does", "parameters"], table)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    model: Annotated[
+        str | None, typer.Option(help='"tiny", a model folder or a hub name [default: tiny].')
+    ] = None,
+    n: Annotated[int, typer.Option("-n", help="Parallel samples of the prompt.")] = 1,
+    max_tokens: Annotated[int, typer.Option(help="New tokens per sample at most.")] = 64,
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="PRESET|FILE", help="A preset (vllm, sglang, orca-max, ...) or a JSON config."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens that together have this probability.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens below this share of the likeliest one's probability.")
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes repetition rarer.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text. May be repeated.")] = None,
+    set_: Set = None,
+    num_blocks: NumBlocks = None,
+    block_size: BlockSize = None,
+    max_model_len: MaxModelLen = None,
+) -> None:
+    """Continue a prompt with a real model through the paged cache.
+
+    The last line of output says how fast it was and how the cache did.
+    """
+    from pagedlab.lab import page
+    from pagedlab.lab.session import run, warm_up
+
+    sizes = {"num_blocks": num_blocks, "block_size": block_size, "max_model_len": max_model_len}
+    cfg = _config(config, model=model, sizes=sizes, default_blocks=_POOL)
+    cfg = _with_set(cfg, set_)
+    if cfg.max_num_seqs < n:
+        cfg = cfg.replace(max_num_seqs=n)
+    cfg = _within_pool(cfg)
+    warm_up(cfg, [prompt])
+    result = run(
+        cfg,
+        [prompt],
+        max_tokens=max_tokens,
+        progress=False,
+        n=n,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    for error in result.errors.values():
+        raise PagedLabError(error)
+    outputs = result.outputs[0] if n > 1 else result.outputs
+    for i, output in enumerate(outputs):
+        if n > 1:
+            typer.echo(f"--- sample {i + 1} of {n}")
+        typer.echo(_printable(prompt + output if isinstance(output, str) else f"{prompt}{output}"))
+    s = result.summary()
+    last = [f"— {s['output_tokens']} tokens, {page.number(s['tokens_per_s'])} tokens/s"]
+    last += [f"KV waste {page.percent(s['waste'])}", f"prefix hits {page.percent(s['hit_ratio'])}"]
+    last += ["interrupted"] if result.interrupted else []
+    typer.echo(" · ".join(last))
+
+
+@app.command()
+def compare(
+    workload: Annotated[str, typer.Argument(help="chat, mixed-lengths, parallel-samples or shared-prefix.")],
+    how: Annotated[str, typer.Option(help="run: with a real model.")] = "run",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=A,B,...",
+            help="Values to go through: every combination is run. May be repeated.",
+        ),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(metavar="A,B,...", help="Presets to go through.")] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="PRESET|FILE", help="The configuration to vary.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help='"tiny", a model folder or a hub name [default: tiny].')
+    ] = None,
+    num_blocks: NumBlocks = None,
+    block_size: BlockSize = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = None,
+    requests: Annotated[int | None, typer.Option(help="Only the workload's first N requests.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="New tokens per request at most [default: the workload's].")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the workload.")] = 0,
+    report: Annotated[
+        str | None, typer.Option(metavar="FILE.html", help="Write a report that needs no other file.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Run a workload under several configurations and set the results side by side."""
+    from pagedlab import workloads
+    from pagedlab.lab.compare import HOW
+    from pagedlab.lab.compare import compare as compare_configs
+
+    if how not in HOW:
+        raise ConfigError(f"--how must be one of {', '.join(HOW)}, not {how!r}")
+    given = workloads.load(workload, seed=seed)
+    if requests is not None:
+        given = given.head(requests)
+    sizes = {
+        "num_blocks": num_blocks,
+        "block_size": block_size,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+    }
+    configs = _grid(preset, config, model, sizes, set_)
+    comparison = compare_configs(configs, given, how=how, max_tokens=max_tokens)
+    if report is not None:
+        comparison.to_html(report)
+    if json:
+        _print_json(
+            "compare",
+            comparison.rows,
+            workload=given.name,
+            how=how,
+            same_output=comparison.same_output,
+            interrupted=comparison.interrupted,
+        )
+        return
+    _print_comparison(comparison)
+    if report is not None:
+        typer.echo(f"report: {report}")
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="engine, cache or kernel.")],
+    json: Json = False,
+) -> None:
+    """Measure one part against what else there is, in one process, alternating."""
+    if name not in BENCHMARKS:
+        raise ConfigError(f"no benchmark {name!r}; known: {', '.join(BENCHMARKS)}{nearest(name, BENCHMARKS)}")
+    if find_spec(f"pagedlab.bench.{name}") is None:
+        raise ConfigError(f"benchmark {name!r} is not part of this installation")
+    rows = import_module(f"pagedlab.bench.{name}").main(json=json)
+    if json:
+        _print_json(f"bench {name}", rows)
+    elif rows:
+        from pagedlab.lab import page
+
+        headings = list(dict.fromkeys(key for row in rows for key in row))
+        _print_table(headings, [[page.number(row.get(key)) for key in headings] for row in rows])
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE.html", help="Where to write the report.")
+    ] = "report.html",
+) -> None:
+    """The quickstart without a browser: three ways to manage one small cache, compared, and a report."""
+    from pagedlab import workloads
+    from pagedlab.config import Config
+    from pagedlab.lab.compare import compare as compare_configs
+
+    small = Config(num_blocks=96, max_model_len=512)
+    configs = {
+        "contiguous (orca-max)": Config.preset("orca-max", num_blocks=96, max_model_len=512),
+        "paged": small.replace(lookup="none"),
+        "paged, prefixes shared": small.replace(lookup="radix"),
+    }
+    typer.echo(
+        "64 turns of 16 conversations, served by a 2 M-parameter model from a cache of 96 blocks of 16 tokens.\n"
+    )
+    comparison = compare_configs(configs, workloads.chat(seed=0))
+    _print_comparison(comparison)
+    if out is not None:
+        comparison.to_html(out)
+        typer.echo(f"report: {out}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lab(ctx: typer.Context) -> None:
+    """Open JupyterLab on the notebooks; further arguments go to JupyterLab. Loopback only, with its token."""
+    folder = notebooks_folder()
+    command = lab_command(folder, ctx.args)
+    raise typer.Exit(subprocess.call(command))
+
+
+def notebooks_folder() -> Path:
+    """Return the checkout's notebooks, or a copy of the packaged ones in the current folder."""
+    package = Path(pagedlab.__file__).parent
+    checkout = package.parent / "notebooks"
+    if any(checkout.glob("*.ipynb")):
+        return checkout
+    target = Path.cwd() / "pagedlab-notebooks"
+    packaged = sorted((package / "notebooks").glob("*.ipynb"))
+    if not packaged and not target.is_dir():
+        raise ConfigError(
+            "this installation has no notebooks; clone the repository, or start jupyter lab yourself"
+        )
+    target.mkdir(exist_ok=True)
+    for notebook in packaged:
+        copy = target / notebook.name
+        if not copy.exists():
+            copy.write_bytes(notebook.read_bytes())
+    return target
+
+
+def lab_command(folder: Path, extra: list[str]) -> list[str]:
+    """Return the command that starts JupyterLab on ``folder``; the address comes last, so nothing overrides it."""
+    command = [sys.executable, "-m", "jupyterlab"]
+    quickstart = sorted(folder.glob("*quickstart*.ipynb"))
+    command += [str(quickstart[0])] if quickstart else []
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")
+    return [*command, *extra, f"--ServerApp.root_dir={folder}", "--ServerApp.ip=127.0.0.1"]
+
+
+# ---- configurations ------------------------------------------------------------------------------------------------
+
+
+def _config(
+    name: str | None, *, model: str | None, sizes: dict[str, int | None], default_blocks: int | None = None
+) -> Config:
+    from pagedlab.config import PRESETS, Config
+
+    if name is not None and name not in PRESETS and not Path(name).exists() and Path(name).suffix != ".json":
+        raise ConfigError(
+            f"no preset or file {name!r}; presets: {', '.join(PRESETS)}{nearest(name, PRESETS)}"
+        )
+    cfg = Config() if name is None else Config.load(name)
+    override: dict[str, Any] = {k: v for k, v in sizes.items() if v is not None}
+    if default_blocks is not None and (name is None or name in PRESETS):
+        override.setdefault("num_blocks", default_blocks)
+    if model is not None:
+        override["model"] = model
+    return cfg.replace(**override)
+
+
+def _within_pool(cfg: Config) -> Config:
+    """No sequence can be longer than the pool, and saying so keeps reservations of the longest one possible."""
+    if cfg.max_model_len is not None:
+        return cfg
+    return cfg.replace(max_model_len=max((cfg.num_blocks - cfg.null_block) * cfg.block_size, 1))
+
+
+def _grid(
+    preset: str | None,
+    config: str | None,
+    model: str | None,
+    sizes: dict[str, int | None],
+    settings: list[str] | None,
+) -> dict[str, Config]:
+    from pagedlab.lab.grid import expand
+
+    if preset is not None and config is not None:
+        raise ConfigError("--preset and --config exclude each other")
+    axes: dict[str, list[Any]] = {}
+    for name, text in map(_assignment, settings or ()):
+        axes[name] = [_value(name, v) for v in text.split(",")]
+    names = [None] if preset is None else [p.strip() for p in preset.split(",")]
+    grid: dict[str, Config] = {}
+    for base in names:
+        for title, cfg in expand(_config(base or config, model=model, sizes=sizes), axes).items():
+            full = " ".join(filter(None, (base, title if axes else ""))) or config or "default"
+            if full in grid:
+                raise ConfigError(f"{full!r} comes twice")
+            grid[full] = _within_pool(cfg)
+    return grid
+
+
+def _with_set(cfg: Config, settings: list[str] | None) -> Config:
+    from pagedlab.lab.grid import with_values
+
+    return with_values(cfg, {name: _value(name, text) for name, text in map(_assignment, settings or ())})
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip() or not value.strip():
+        raise ConfigError(f"--set takes FIELD=VALUE, as in eviction=lru, not {text!r}")
+    return name.strip(), value.strip()
+
+
+def _value(name: str, text: str) -> Any:
+    """Return a policy's name as it stands, and numbers, true, false and null as what they mean."""
+    from pagedlab.registry import SLOTS
+
+    text = text.strip()
+    if name in SLOTS:
+        return text
+    try:
+        value = json_module.loads(text)
+    except json_module.JSONDecodeError:
+        return text
+    return value if isinstance(value, bool | int | float | None) else text
+
+
+# ---- output --------------------------------------------------------------------------------------------------------
+
+
+def _print_json(command: str, results: Any, **more: Any) -> None:
+    from pagedlab.lab.environment import environment
+
+    typer.echo(json_module.dumps({"command": command, **environment(), **more, "results": results}, indent=2))
+
+
+def _print_comparison(comparison: Any) -> None:
+    headings, rows = comparison.table()
+    # Configurations are few and numbers are many: one column for each configuration fits any terminal.
+    _print_table(
+        ["", *(row[0] for row in rows)], [list(line) for line in zip(headings[1:], *(r[1:] for r in rows))]
+    )
+    typer.echo(comparison.verdict())
+    for name, run in comparison.runs.items():
+        for request_id, error in list(run.errors.items())[:3]:
+            typer.echo(f"{name}: {_printable(request_id)}: {_printable(error)}")
+    if comparison.interrupted:
+        typer.echo("Interrupted: the numbers are those of the work that was done.")
+
+
+def _print_table(headings: list[str], rows: list[list[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        table.add_column(Text(heading), overflow="fold")
+    for row in rows:
+        # Text, not str: brackets in a name are no markup.
+        table.add_row(*(Text(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _parameters(params: list[dict[str, Any]]) -> str:
+    return "\n".join(f"{p['name']}={p['default']!r}: {p['help']}" for p in params)
+
+
+def _one_line(text: str) -> str:
+    return text.replace("``", "").replace("`", "")
+
+
+def _printable(text: str) -> str:
+    """Keep a model's words from steering the terminal: control characters are shown, not sent."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""`compare`: several configurations on one workload, side by side."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pagedlab.config import Config
+from pagedlab.errors import ConfigError, ResultsError
+from pagedlab.lab import measures, page, session
+from pagedlab.lab.environment import environment
+from pagedlab.lab.grid import differences
+from pagedlab.lab.job import WorkloadLike, as_workload
+from pagedlab.lab.results import Run, same_tokens
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from pagedlab.lab.plots import Figure
+
+HOW = ("run",)
+
+_SHOWN = (
+    ("config", "configuration", None),
+    ("requests", "requests", None),
+    ("tokens_per_s", "tokens/s", None),
+    ("ttft_mean", "TTFT mean", page.seconds),
+    ("ttft_p95", "TTFT p95", page.seconds),
+    ("tpot_mean", "TPOT mean", page.seconds),
+    ("hit_ratio", "prefix hits", page.percent),
+    ("preemptions", "preemptions", None),
+    ("recomputed_tokens", "recomputed", None),
+    ("mean_batch_size", "mean batch", None),
+    ("waste", "KV waste", page.percent),
+    ("waste_bound", "bound", page.percent),
+    *((f"{kind}_share", kind, page.percent) for kind in measures.MEMORY_KINDS),
+)
+"""Key of a row, heading, and how to write it."""
+
+
+class Comparison:
+    """Runs of several configurations on one workload, by name, in the order given."""
+
+    def __init__(self, runs: Mapping[str, Run], *, how: str = "run") -> None:
+        if not runs:
+            raise ConfigError("there is nothing to compare")
+        self.runs = dict(runs)
+        self.how = how
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per configuration, as `to_frame` shows them."""
+        return [_row(name, r) for name, r in self.runs.items()]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per configuration.
+
+        Latencies are in seconds. The memory shares ``stored_share`` … ``free_share`` add up to 1 and are averaged
+        over the time in which requests waited, or over the whole run if none did. ``waste`` is the part of the
+        memory held by running sequences that stores nothing over that same time, ``waste_bound`` what
+        PagedAttention expects of it: (block_size - 1) / 2 tokens a sequence.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(self.rows).set_index("config")
+
+    @property
+    def same_output(self) -> bool:
+        """True if every configuration said the same, token for token."""
+        first, *others = self.runs.values()
+        return all(same_tokens(first, other) for other in others)
+
+    @property
+    def interrupted(self) -> bool:
+        """True if somebody stopped the comparison before its work was done."""
+        return any(r.interrupted for r in self.runs.values())
+
+    def plot(self) -> Figure:
+        """Return bars of speed, latency, hits and memory."""
+        from pagedlab.lab import plots
+
+        return plots.of_comparison(self)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return headings and rows of text, as terminals and pages show them."""
+        headings = [heading for _, heading, _ in _SHOWN]
+        write = [(key, shown or page.number) for key, _, shown in _SHOWN]
+        return headings, [[f(row[key]) for key, f in write] for row in self.rows]
+
+    def verdict(self) -> str:
+        """Return one sentence on whether the configurations said the same."""
+        return (
+            "All configurations gave the same output, token for token."
+            if self.same_output
+            else "The configurations did not all give the same output."
+        )
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write a report that needs no other file: table, figures, differing settings, versions, hardware."""
+        file = Path(path)
+        workload = next(iter(self.runs.values())).facts["workload"]
+        title = f"pagedlab: {workload['name']}, {len(self.runs)} configurations"
+        images = [("Comparison", self.plot()), *((name, r.plot()) for name, r in self.runs.items())]
+        sections = [
+            f"<h1>{escape(title)}</h1><p>{escape(workload.get('description', ''))} {escape(self.verdict())}</p>",
+            "<div class='wide'>" + page.table(*self.table()) + "</div>",
+            "<h2>Where they differ</h2>" + self._differences(),
+            *(f"<h2>{escape(name)}</h2>{_image(figure, name)}" for name, figure in images),
+            "<h2>Measured with</h2>" + _environment_tables(next(iter(self.runs.values())).facts),
+        ]
+        text = _PAGE.format(title=escape(title), body="\n".join(sections))
+        try:
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ResultsError(f"{file}: cannot be written: {error.strerror}") from None
+        return file
+
+    def _differences(self) -> str:
+        found = differences({name: r.config for name, r in self.runs.items()})
+        names = list(self.runs)
+        return (
+            page.table(["", *names], [[f, *(found[f][n] for n in names)] for f in found])
+            if found
+            else "<p>Nowhere.</p>"
+        )
+
+    def __repr__(self) -> str:
+        return f"<comparison of {len(self.runs)} configurations: {', '.join(self.runs)}>"
+
+    def _repr_html_(self) -> str:
+        headings, rows = self.table()
+        return f"<div>{page.table(headings, rows)}<p>{escape(self.verdict())}</p></div>"
+
+
+def compare(
+    configs: Mapping[str, Config],
+    workload: WorkloadLike,
+    how: str = "run",
+    *,
+    warm_up: bool = True,
+    **options: Any,
+) -> Comparison:
+    """Run ``workload`` under each configuration and set the results side by side.
+
+    ``options`` are those of `run`. ``warm_up`` lets each configuration serve a few tokens first, so that compiling its
+    kernel does not count. Ctrl-C ends the comparison with what is there. An ``executor`` serves every configuration.
+
+    >>> import pagedlab as pl
+    >>> from pagedlab.executors.stub import StubExecutor
+    >>> grid = pl.expand(pl.Config(num_blocks=96), {"eviction": ["lru", "lfu"]})
+    >>> pl.compare(grid, pl.workloads.chat(), executor=StubExecutor(), clock="step").same_output
+    True
+    """
+    if how not in HOW:
+        raise ConfigError(f"how must be one of {', '.join(HOW)}, not {how!r}")
+    if not isinstance(configs, Mapping) or not configs:
+        raise ConfigError("configs must map names to configurations: {'lru': cfg, ...}")
+    given = as_workload(workload)
+    if warm_up and options.get("executor") is None:
+        for config in configs.values():
+            session.warm_up(config, given, fast=options.get("fast", True))
+    runs: dict[str, Run] = {}
+    for name, config in configs.items():
+        runs[name] = session.run(config, given, **options)
+        if runs[name].interrupted:
+            break
+    return Comparison(runs, how=how)
+
+
+def _row(name: str, run: Run) -> dict[str, Any]:
+    s = run.summary()
+    columns = {t: run.columns(t) for t in ("steps", "memory")}
+    rows = measures.while_waiting(columns)
+    block_size = int(run.description["block_size"])
+    return {
+        "config": name,
+        **{k: s[k] for k in ("requests", "finished", "refused", "output_tokens", "duration", "tokens_per_s")},
+        **{
+            f"{t}_{m}": s[f"{t}_{m}"]
+            for t in ("ttft", "tpot", "latency")
+            for m in ("mean", "p50", "p95", "p99")
+        },
+        **{
+            k: s[k]
+            for k in ("hit_ratio", "preemptions", "recomputed_tokens", "swapped_out", "mean_batch_size")
+        },
+        **{f"{kind}_share": v for kind, v in measures.memory_shares(columns, rows).items()},
+        "waste": measures.waste(columns, rows),
+        "waste_bound": measures.half_block_bound(columns, block_size, rows),
+        "averaged_over": "waiting" if any(columns["steps"]["waiting"]) else "all",
+        "interrupted": run.interrupted,
+        "kernel": s["kernel"],
+        "layout": s["layout"],
+        "dtype": s["dtype"],
+    }
+
+
+def _image(figure: Figure, name: str) -> str:
+    data = base64.b64encode(figure.png()).decode()
+    return f"<img alt='{escape(name, quote=True)}' src='data:image/png;base64,{data}'>"
+
+
+def _environment_tables(facts: dict[str, Any]) -> str:
+    both = facts if "versions" in facts else environment()
+    return page.table(("", ""), [*both["versions"].items(), *both["hardware"].items()])
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; font-size: 13px }} td, th {{ border-bottom: 1px solid #ddd }}
+.wide {{ overflow-x: auto }} img {{ max-width: 100% }}
+</style></head><body>
+{body}
+</body></html>
+"""

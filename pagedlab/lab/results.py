@@ -1,0 +1,358 @@
+"""`Run`: everything that came out of a run, as text, tables, numbers, figures and files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pagedlab.config import Config
+from pagedlab.engine.clock import to_seconds
+from pagedlab.engine.engine import Engine
+from pagedlab.engine.sequence import Group
+from pagedlab.engine.sequence import Sequence as EngineSequence
+from pagedlab.errors import ResultsError
+from pagedlab.events import Event
+from pagedlab.lab import page
+from pagedlab.lab.environment import environment
+from pagedlab.lab.measures import MEMORY_KINDS, Columns, summarise
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from pagedlab.lab.job import Job
+    from pagedlab.lab.plots import Figure
+
+_KINDS = (*MEMORY_KINDS, "saved")
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "requests": (
+        "request_id",
+        "seq",
+        "sample",
+        "samples",
+        "session",
+        "priority",
+        "arrival",
+        "queue_time",
+        "ttft",
+        "tpot",
+        "latency",
+        "prompt_tokens",
+        "output_tokens",
+        "hit_tokens",
+        "recomputed_tokens",
+        "preemptions",
+        "finish_reason",
+        "error",
+    ),
+    "steps": (
+        "step",
+        "start",
+        "duration",
+        "running",
+        "waiting",
+        "prefill_tokens",
+        "decode_tokens",
+        "moves",
+        "preemptions",
+    ),
+    "events": Event._fields[:-1],
+    "memory": ("step", "time", *_KINDS, *(f"{kind}_share" for kind in _KINDS)),
+    "outputs": ("request_id", "sample", "prompt", "text", "tokens"),
+}
+"""The tables of a run, as files of a saved one are called, and their columns."""
+
+_INTEGERS = ("parent_key",)
+_SHOWN = 6
+
+
+class Run:
+    """The outcome of one run. Times are in seconds on the engine's clock, memory in tokens.
+
+    The frames are built when they are first asked for. A loaded run answers everything that a fresh one does; its
+    ``config`` needs the policies that it names to be registered.
+    """
+
+    def __init__(
+        self,
+        *,
+        columns: dict[str, Columns],
+        description: dict[str, Any],
+        facts: dict[str, Any],
+        config: Config | None = None,
+    ) -> None:
+        self._columns = columns
+        self._config = config
+        self.description = description
+        """The configuration as plain data; policies by name."""
+        self.facts = facts
+        """Workload, totals, versions, hardware, kernel and layout, as `save` writes them."""
+
+    @classmethod
+    def of(cls, job: Job, *, interrupted: bool) -> Run:
+        """Return what ``job`` has done so far."""
+        engine, executor = job.engine, job.executor
+        columns = _columns(engine, executor)
+        facts = {
+            "workload": {"name": job.workload.name, "description": job.workload.description},
+            "interrupted": interrupted,
+            "has_text": executor.detokenize([]) is not None,
+            "totals": {
+                "prompt_tokens": engine.totals.prompt_tokens,
+                "hit_tokens": engine.totals.hit_tokens,
+                "recomputed_tokens": engine.totals.recomputed_tokens,
+                "preemptions": engine.totals.preemptions,
+                "swapped_out": engine.totals.swapped_out,
+                **{f"prefetch_{fate}": n for fate, n in engine.totals.prefetch.items()},
+            },
+            "used": _used(executor),
+            **environment(),
+        }
+        return cls(columns=columns, description=job.config.describe(), facts=facts, config=job.config)
+
+    # ---- what was said -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def outputs(self) -> list[Any]:
+        """The texts, request by request in the workload's order (token lists where the model has no tokenizer).
+
+        A request of n > 1 samples gives a list of n; one that was refused gives None.
+        """
+        return self._by_request("text" if self.facts["has_text"] else "tokens")
+
+    @cached_property
+    def tokens(self) -> list[Any]:
+        """The output token ids, shaped as `outputs`."""
+        return self._by_request("tokens")
+
+    def _by_request(self, column: str) -> list[Any]:
+        said, requests = self._columns["outputs"], self._columns["requests"]
+        grouped: dict[str, list[Any]] = {}
+        wanted: dict[str, int] = {}
+        for i, request_id in enumerate(said["request_id"]):
+            refused = requests["finish_reason"][i] == "refused"
+            grouped.setdefault(request_id, []).append(None if refused else said[column][i])
+            wanted[request_id] = requests["samples"][i]
+        return [v[0] if wanted[k] == 1 or v == [None] else v for k, v in grouped.items()]
+
+    # ---- tables ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """One row per sequence: arrival, queue_time, ttft, tpot, latency (s), tokens, hits, finish_reason, error."""
+        return self._frame("requests")
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """One row per step: start and duration (s), running and waiting sequences, tokens, moves, preemptions."""
+        return self._frame("steps")
+
+    @cached_property
+    def events(self) -> pd.DataFrame:
+        """One row per event, see `pagedlab.events`; times in seconds."""
+        return self._frame("events")
+
+    @cached_property
+    def memory(self) -> pd.DataFrame:
+        """One row per step: where the pool's token slots were, in tokens and as shares of the pool."""
+        return self._frame("memory")
+
+    def columns(self, table: str) -> Columns:
+        """Return a table as one list a column, without pandas."""
+        if table not in COLUMNS:
+            raise ResultsError(f"a run has no table {table!r}; it has: {', '.join(COLUMNS)}")
+        return self._columns[table]
+
+    def _frame(self, table: str) -> pd.DataFrame:
+        import pandas as pd
+
+        columns = self._columns[table]
+        # Keys fill 64 bits, which a column of floats (the usual home of a None) would round.
+        typed = {n: pd.array(c, dtype="Int64") if n in _INTEGERS else c for n, c in columns.items()}
+        return pd.DataFrame(typed)
+
+    # ---- numbers -----------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Config:
+        """The configuration. `ConfigError` if this is a loaded run and names a policy that is not registered here."""
+        if self._config is None:
+            self._config = Config.from_dict(self.description, "config of the saved run")
+        return self._config
+
+    @property
+    def interrupted(self) -> bool:
+        """True if somebody stopped the run before its work was done."""
+        return bool(self.facts["interrupted"])
+
+    @property
+    def errors(self) -> dict[str, str]:
+        """What went wrong, by request id: refused requests and failed ones."""
+        requests = self._columns["requests"]
+        return {r: e for r, e in zip(requests["request_id"], requests["error"]) if e}
+
+    def summary(self) -> dict[str, Any]:
+        """The run in numbers: see `pagedlab.lab.measures.summarise` for what each one means."""
+        return dict(self._summary)
+
+    @cached_property
+    def _summary(self) -> dict[str, Any]:
+        return summarise(self._columns, self.facts)
+
+    # ---- shown and kept ----------------------------------------------------------------------------------------
+
+    def plot(self, what: str = "overview") -> Figure:
+        """Return a figure: ``"overview"``, ``"memory"``, ``"batch"`` or ``"latency"``."""
+        from pagedlab.lab import plots
+
+        return plots.of_run(self, what)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the run to a folder: one Parquet file a table, and ``run.json``. Returns the folder.
+
+        A folder that holds a saved run is replaced; raises `ResultsError` for one that holds anything else.
+        """
+        from pagedlab.lab.saved import save_run
+
+        return save_run(self, path)
+
+    def __repr__(self) -> str:
+        s = self._summary
+        speed = "" if s["tokens_per_s"] is None else f", {s['tokens_per_s']:.4g} tokens/s"
+        state = ", interrupted" if self.interrupted else ""
+        return f"<run of {s['requests']} requests: {s['output_tokens']} tokens{speed}{state}>"
+
+    def _repr_html_(self) -> str:
+        s = self._summary
+        title = f"{self.facts['workload']['name']}: {s['requests']} requests"
+        state = " (interrupted)" if self.interrupted else ""
+        parts = [page.table(("", ""), page.summary_rows(s), caption=title + state)]
+        said, requests = self._columns["outputs"], self._columns["requests"]
+        rows = []
+        for i in range(min(_SHOWN, len(said["request_id"]))):
+            answer = said["text"][i] if said["text"][i] is not None else str(said["tokens"][i])
+            rows.append(
+                (
+                    requests["request_id"][i],
+                    page.shorten(said["prompt"][i] or f"{requests['prompt_tokens'][i]} tokens", end=True),
+                    page.shorten(requests["error"][i] or answer or ""),
+                    requests["finish_reason"][i] or "unfinished",
+                )
+            )
+        parts.append(page.table(("request", "prompt", "output", "end"), rows, code=(1, 2)))
+        return "<div>" + "".join(parts) + "</div>"
+
+
+def _used(executor: Any) -> dict[str, Any]:
+    """Which kernel, layout and dtype did the work: ``kernel="auto"`` has become one by now."""
+    used: dict[str, Any] = {
+        "executor": type(executor).__name__,
+        "kernel": None,
+        "layout": None,
+        "dtype": None,
+    }
+    for slot in ("kernel", "layout"):
+        policy = getattr(executor, slot, None)
+        if policy is not None:
+            used[slot] = policy.name or type(policy).__name__
+    loaded = getattr(executor, "loaded", None)
+    if loaded is not None:
+        used["dtype"] = str(loaded.dtype).removeprefix("torch.")
+        used["kv_bytes_per_token"] = loaded.kv_bytes_per_token
+    if (device := getattr(executor, "device", None)) is not None:
+        used["device"] = str(device)
+    return used
+
+
+def _columns(engine: Engine, executor: Any) -> dict[str, Columns]:
+    sequences = [
+        (g, s) for g in engine.groups.values() for s in sorted(g.sequences, key=lambda s: s.sample_index)
+    ]
+    requests = _transpose(COLUMNS["requests"], (_request_row(g, s) for g, s in sequences))
+    said = (
+        {
+            "request_id": s.request_id,
+            "sample": s.sample_index,
+            "prompt": g.request.text,
+            "text": executor.detokenize(s.output) if s.text is None else s.text,
+            "tokens": list(s.output),
+        }
+        for g, s in sequences
+    )
+    steps = (
+        {
+            "step": r.step,
+            "start": to_seconds(r.start),
+            "duration": to_seconds(r.duration),
+            "running": r.num_running,
+            "waiting": r.num_waiting,
+            "prefill_tokens": r.prefill_tokens,
+            "decode_tokens": r.decode_tokens,
+            "moves": r.moves,
+            "preemptions": r.preemptions,
+        }
+        for r in engine.steps
+    )
+    pool = max(engine.cache.device.capacity * engine.config.block_size, 1)
+    memory = (
+        {
+            "step": r.step,
+            "time": to_seconds(r.start + r.duration),
+            **r.memory._asdict(),
+            **{f"{kind}_share": getattr(r.memory, kind) / pool for kind in _KINDS},
+        }
+        for r in engine.steps
+    )
+    events = engine.events.columns()
+    events["time"] = [to_seconds(t) for t in events["time"]]
+    return {
+        "requests": requests,
+        "steps": _transpose(COLUMNS["steps"], steps),
+        "events": events,
+        "memory": _transpose(COLUMNS["memory"], memory),
+        "outputs": _transpose(COLUMNS["outputs"], said),
+    }
+
+
+def _request_row(group: Group, seq: EngineSequence) -> dict[str, Any]:
+    def since(start: int | None, end: int | None) -> float | None:
+        return None if start is None or end is None else to_seconds(end - start)
+
+    n = len(seq.token_times)
+    refused = seq.finish_reason == "refused"
+    return {
+        "request_id": seq.request_id,
+        "seq": seq.seq_id,
+        "sample": seq.sample_index,
+        "samples": group.request.sampling.n,
+        "session": seq.session,
+        "priority": seq.priority,
+        "arrival": to_seconds(group.arrival),
+        "queue_time": since(group.arrival, seq.admitted_at),
+        "ttft": since(group.arrival, seq.first_token_at),
+        "tpot": to_seconds(seq.token_times[-1] - seq.token_times[0]) / (n - 1) if n > 1 else None,
+        "latency": None if refused else since(group.arrival, seq.finished_at),
+        "prompt_tokens": seq.prompt_len,
+        "output_tokens": len(seq.output),
+        "hit_tokens": seq.hit_tokens,
+        "recomputed_tokens": seq.recomputed_tokens,
+        "preemptions": seq.num_preemptions,
+        "finish_reason": seq.finish_reason,
+        "error": seq.error,
+    }
+
+
+def _transpose(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> Columns:
+    rows = list(rows)
+    return {name: [row[name] for row in rows] for name in names}
+
+
+def same_tokens(one: Run, other: Run) -> bool:
+    """Whether two runs said the same, request by request."""
+    return _said(one) == _said(other)
+
+
+def _said(run: Run) -> dict[tuple[str, int], Sequence[int]]:
+    said = run.columns("outputs")
+    return {(r, s): list(t) for r, s, t in zip(said["request_id"], said["sample"], said["tokens"])}
