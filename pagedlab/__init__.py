@@ -72,7 +72,7 @@ _HOME = {
     "run": "pagedlab.lab.session",
     "start": "pagedlab.lab.live",
 }
-_MODULES = ("policies", "workloads", "errors")
+_MODULES = ("policies", "workloads", "errors", "widgets")
 
 __all__ = sorted([*_HOME, *_MODULES, "__version__"])
 

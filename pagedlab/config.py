@@ -272,7 +272,8 @@ class Config:
 
         left = "style='text-align:left'"
         rows = "".join(
-            f"<tr><th {left}>{slot}</th><td {left}>{escape(repr(self.policy(slot)))}</td></tr>" for slot in SLOTS
+            f"<tr><th {left}>{slot}</th><td {left}>{escape(repr(self.policy(slot)))}</td></tr>"
+            for slot in SLOTS
         )
         sizes = f"{self.num_blocks} blocks of {self.block_size} tokens, at most {self.max_num_seqs} sequences"
         return f"<table><caption>{escape(self.model)}: {sizes}</caption>{rows}</table>"

@@ -63,7 +63,7 @@ VOCAB_SIZE = 2048
 CONTEXT = 2048
 TOKENS_PER_STEP = 4096
 # (share of the run at which the stage starts, sequence length)
-STAGES = ((0.0, 512), (0.80, 1024), (0.92, 2048))
+STAGES = ((0.0, 512), (0.70, 1024), (0.92, 2048))
 PEAK_LR, FINAL_LR, WARMUP_STEPS = 3e-3, 3e-5, 100
 WEIGHT_DECAY, BETAS, CLIP = 0.1, (0.9, 0.95), 1.0
 CHECKPOINT_SECONDS = 300.0
@@ -291,14 +291,20 @@ def train(
     compiled: bool,
 ) -> dict[str, Any]:
     """Train in place until the step or time budget is used up; return what was done."""
-    decay = [p for p in model.parameters() if p.dim() >= 2]
+    # Muon for the matrices inside the layers (it learns more from each token), AdamW for embeddings and norms.
+    hidden = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    inside = {id(p) for p in hidden}
+    tables = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in inside]
     plain = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}],
-        lr=PEAK_LR,
-        betas=BETAS,
-        fused=True,
-    )
+    optimizers = [
+        torch.optim.Muon(hidden, lr=PEAK_LR, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [{"params": tables, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}],
+            lr=PEAK_LR,
+            betas=BETAS,
+            fused=True,
+        ),
+    ]
 
     def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -323,13 +329,14 @@ def train(
             if wanted != length:
                 length, rows = wanted, stream.rows(wanted)
             batch = torch.stack([next(rows) for _ in range(TOKENS_PER_STEP // length)])
-            for group in optimizer.param_groups:
+            for group in (g for optimizer in optimizers for g in optimizer.param_groups):
                 group["lr"] = learning_rate(step, progress)
             loss = step_loss(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             step += 1
             tokens += TOKENS_PER_STEP
             value = loss.item()
@@ -581,7 +588,7 @@ document. On the held-out files a token is {held["held_out_bytes_per_token"]} by
 | time | {run["seconds"] / 60:.1f} minutes, {run["tokens_per_second"]:,} tokens/s |
 | hardware | {run["hardware"]} |
 | precision | {run["precision"]} |
-| optimizer | AdamW, gradient clipping, seed {run["seed"]} |
+| optimizer | Muon for the layers' matrices, AdamW for the rest, gradient clipping, seed {run["seed"]} |
 | learning rate | warm-up to {run["peak_learning_rate"]}, then cosine |
 | sequence length | {stages} |
 

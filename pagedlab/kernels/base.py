@@ -49,7 +49,8 @@ class AttentionBatch:
 
 class PagedAttention(Protocol):
     """One kernel for one layout. The block is axis 0 of every cache tensor, the rest is the kernel's
-    choice."""
+    choice.
+    """
 
     axis_order: tuple[str, ...]
     """Names of the cache tensors' axes, e.g. ``("block", "head", "token", "channel")``."""

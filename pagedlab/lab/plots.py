@@ -96,7 +96,7 @@ def memory(run: Run, ax: Any) -> None:
     )
     ax.set(
         title="KV memory",
-        xlabel="time (s)",
+        xlabel=f"time ({_time_unit(run)})",
         ylabel="share of the pool (%)",
         ylim=(0, 100),
         xlim=(at[0], at[-1]),
@@ -118,7 +118,7 @@ def batch(run: Run, ax: Any) -> None:
     when = [steps["start"][i] for i in range(len(lost)) if lost[i] > (lost[i - 1] if i else 0)]
     if when:
         ax.plot(when, [0] * len(when), "|", color="black", markersize=9, label="preemption")
-    ax.set(title="Batch and queue", xlabel="time (s)", ylabel="sequences", xlim=(at[0], end))
+    ax.set(title="Batch and queue", xlabel=f"time ({_time_unit(run)})", ylabel="sequences", xlim=(at[0], end))
     ax.set_ylim(bottom=0)
     _legend(ax)
 
@@ -149,7 +149,7 @@ def latency(run: Run, ax: Any) -> None:
         ax.set_xscale("log")
     ax.set(
         title="Latency",
-        xlabel="time (s, log)" if logarithmic else "time (s)",
+        xlabel=f"time ({_time_unit(run)}, log)" if logarithmic else f"time ({_time_unit(run)})",
         ylabel="sequences within (%)",
         ylim=(0, 101),
     )
@@ -166,17 +166,19 @@ def of_comparison(comparison: Comparison) -> Figure:
     # Names come from outside: a dollar sign in one begins no mathematics.
     names = [str(r["config"]).replace("$", r"\$") for r in rows][::-1]
     figure, axes = _figure(10, 1.9 + 0.36 * len(rows) * 2, rows=2, columns=2)
-    slow = max(r["ttft_mean"] or 0.0 for r in rows) >= 1
+    units = {_time_unit(r) for r in comparison.runs.values()}
+    unit = units.pop() if len(units) == 1 else "s"
+    slow = unit != "s" or max(r["ttft_mean"] or 0.0 for r in rows) >= 1
     panels = (
-        (axes[0, 0], "tokens_per_s", 1.0, "Output tokens per second", "tokens/s"),
-        (axes[0, 1], "ttft_mean", 1.0 if slow else 1e3, "Mean time to first token", "s" if slow else "ms"),
+        (axes[0, 0], "tokens_per_s", 1.0, "Throughput", f"output tokens per {unit.rstrip('s') or 's'}"),
+        (axes[0, 1], "ttft_mean", 1.0 if slow else 1e3, "Mean time to first token", unit if slow else "ms"),
         (axes[1, 0], "hit_ratio", 100.0, "Prompt tokens found in the cache", "%"),
     )
-    for ax, key, scale, title, unit in panels:
+    for ax, key, scale, title, label in panels:
         values = [(r[key] or 0.0) * scale for r in rows][::-1]
         bars = ax.barh(names, values, color=_BAR)
         ax.bar_label(bars, [f"{v:,.4g}" for v in values], padding=3, fontsize=8)
-        ax.set(title=title, xlabel=unit)
+        ax.set(title=title, xlabel=label)
         ax.set_xlim(0, max(values) * 1.18 or 1.0)
     ax = axes[1, 1]
     left = np.zeros(len(rows))
@@ -186,8 +188,14 @@ def of_comparison(comparison: Comparison) -> Figure:
             ax.barh(names, shares, left=left, color=COLOURS[kind], label=_LABELS[kind])
         left += shares
     ax.set(title="KV memory while requests wait", xlabel="share of the pool (%)", xlim=(0, 100))
-    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=3, frameon=False)
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=len(labels), fontsize=8, frameon=False)
     return figure
+
+
+def _time_unit(run: Run) -> str:
+    """A step clock counts steps, one a second."""
+    return "steps" if run.facts.get("clock") == "step" else "s"
 
 
 def _legend(ax: Any) -> None:

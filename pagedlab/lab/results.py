@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pagedlab.config import Config
-from pagedlab.engine.clock import to_seconds
+from pagedlab.engine.clock import StepClock, to_seconds
 from pagedlab.engine.engine import Engine
 from pagedlab.engine.sequence import Group
 from pagedlab.engine.sequence import Sequence as EngineSequence
@@ -97,6 +97,7 @@ class Run:
         facts = {
             "workload": {"name": job.workload.name, "description": job.workload.description},
             "interrupted": interrupted,
+            "clock": "step" if isinstance(engine.clock, StepClock) else "wall",
             "has_text": executor.detokenize([]) is not None,
             "totals": {
                 "prompt_tokens": engine.totals.prompt_tokens,

@@ -129,7 +129,7 @@ class ChunkedPrefill(Scheduler):
     vLLM).
     """
 
-    max_chunk: int = param(1 << 30, low=1, unit="tokens", help="longest piece of one prompt in one step")
+    max_chunk: int = param(8192, low=1, unit="tokens", help="longest piece of one prompt in one step")
 
     def plan(self, step: Step) -> Decision:
         for sequence in step.running:

@@ -78,7 +78,7 @@ def parameter_widget(parameter: Parameter, value: Any) -> ipw.Widget:
     return ipw.Text(value=repr(value), disabled=True, **narrow)
 
 
-class _SlotRow(ipw.VBox):  # type: ignore[misc]
+class _SlotRow(ipw.VBox):
     """A slot: its name, the policy chosen, what that one does, and its parameters."""
 
     def __init__(self, policy: Policy, changed: Callable[[], None]) -> None:
@@ -178,7 +178,7 @@ class _SlotRow(ipw.VBox):  # type: ignore[misc]
         return cls.from_params(self._values())
 
 
-class ConfigForm(ipw.VBox):  # type: ignore[misc]
+class ConfigForm(ipw.VBox):
     """A form over every slot, its policies' parameters, the sizes and the presets.
 
     ``config`` is the configuration that it stands for; what cannot be is said in one line at the foot of the form.

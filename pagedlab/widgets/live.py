@@ -46,7 +46,7 @@ _TICKER_LINES = 4
 _RECENT_STEPS = 32
 
 
-class LiveRun(ipw.VBox):  # type: ignore[misc]
+class LiveRun(ipw.VBox):
     """Start, pause and stop a run, and watch its blocks.
 
     ``config`` may be a `ConfigForm`: it is read at every start. ``delay`` is the pause after a step in seconds, also on
