@@ -1,0 +1,431 @@
+"""Small mistakes to plant in pool, cache, engine and policies, each with the check that must notice it.
+
+A mistake is a piece of a function's source replaced by another one. Planting asserts that the piece is there, so
+when the code moves on, the table has to follow.
+"""
+
+from __future__ import annotations
+import __future__
+
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from random import Random
+from typing import Any
+
+import test_accounting
+import test_allocators
+import test_cache_machine
+import test_eviction
+import test_faults
+import test_law5_stub
+import test_lookup
+import test_reservation
+import test_scheduler
+from strategies import event_rows, says_the_truth, serve
+
+from pagedlab.cache.kv_cache import KVCache
+from pagedlab.cache.pool import BlockPool
+from pagedlab.engine.engine import Engine
+from pagedlab.engine.plan import Plan
+from pagedlab.policies import LFU, LRU, ChainedHash, RadixTree
+from pagedlab.policies.allocator import FirstFit
+from pagedlab.policies.eviction import Eviction
+from pagedlab.policies.lookup import Prefix
+from pagedlab.policies.reservation import Pow2
+
+
+def inner(test: Any) -> Callable[..., None]:
+    """The function under a Hypothesis test: it is given examples here, the same every time."""
+    return test.hypothesis.inner_test  # type: ignore[no-any-return]
+
+
+# ---- named checks --------------------------------------------------------------------------------------------------
+
+
+def walks() -> None:
+    """Laws 1 to 3 on the cache alone, with a shadow of its content."""
+    for seed in range(40):
+        test_cache_machine.random_walk(seed, steps=100)
+
+
+def outputs() -> None:
+    """Law 5 and 7 on fixed runs that are full of swapping, sharing, preemption and orphans."""
+    fixed = [
+        test_law5_stub.conversation("radix"),
+        test_law5_stub.conversation("chained-hash"),
+        test_law5_stub.orphans(),
+        *(test_scheduler.crowded(seed) for seed in range(30)),
+    ]
+    for scenario in fixed:
+        says_the_truth(serve(scenario), scenario)
+
+
+def standing() -> None:
+    """A standing decision equals walking."""
+    for seed in range(40):
+        scenario = test_scheduler.crowded(seed)
+        inner = scenario.config.policy("scheduler").clone()
+        walking = scenario.config.replace(scheduler=test_scheduler.Walking(inner=inner))
+        one, other = serve(scenario, check=False), serve(scenario, check=False, config=walking)
+        assert event_rows(one) == event_rows(other)
+
+
+def arrivals() -> None:
+    """Who arrives while others decode is let in at once if there is room."""
+    scenario = test_scheduler.plain(3)
+    late = [test_faults.request("late", arrival=9.0)]
+    scenario.requests = [*scenario.requests, *late]
+    engine = serve(scenario)
+    leader = engine.groups["late"].sequences[0]
+    assert leader.admitted_at == leader.group.arrival
+
+
+def tenants() -> None:
+    for name in ("chained-hash", "radix"):
+        inner(test_lookup.test_tenants_never_share)(name=name, tokens=[0, 1, 2, 3, 0])
+
+
+def collisions() -> None:
+    for seed in range(60):
+        pick = Random(seed)
+        sequences = [
+            ([pick.randrange(3) for _ in range(pick.randint(1, 10))], pick.choice((None, "a")))
+            for _ in range(6)
+        ]
+        for collision in test_lookup.COLLIDING:
+            inner(test_lookup.test_never_a_wrong_match)(
+                name="chained-hash", collision=collision, sequences=sequences, block_size=2, forget=[1, 5]
+            )
+
+
+def first_fit() -> None:
+    for seed in range(60):
+        pick = Random(seed)
+        operations = [
+            (pick.choice(("take", "give", "shuffle")), pick.randint(1, 6), pick.randrange(99))
+            for _ in range(40)
+        ]
+        inner(test_allocators.test_no_block_is_handed_out_twice)(
+            name="first-fit", first=seed % 2, size=12, operations=operations
+        )
+
+
+def reservations() -> None:
+    for prompt in (1, 5, 9):
+        for output in range(1, 20):
+            who = test_reservation.Claimant(prompt, prompt, prompt + 20, prompt + output)
+            inner(test_reservation.test_builtins_claim_what_their_names_say)(who=who, longer=9)
+
+
+def failures() -> None:
+    for lookup in ("chained-hash", "radix"):
+        test_faults.test_bad_logits_end_one_request_alone_and_its_blocks_are_found_by_nobody(
+            lookup, "host", 9
+        )
+
+
+def accounting() -> None:
+    runs = [test_law5_stub.conversation("radix"), test_reservation.run("max"), test_reservation.run("pow2")]
+    for scenario in runs[1:]:
+        scenario.requests = [replace(r, arrival=4.0 * i) for i, r in enumerate(scenario.requests)]
+    for scenario in runs:
+        serve(scenario, check=False, after_step=test_accounting.agrees)
+
+
+CHECKS: dict[str, Callable[[], Any]] = {
+    "walks": walks,
+    "outputs": outputs,
+    "standing": standing,
+    "arrivals": arrivals,
+    "tenants": tenants,
+    "collisions": collisions,
+    "failures": failures,
+    "accounting": accounting,
+    "orphan while loading": test_cache_machine.test_an_evicted_orphan_takes_the_place_of_what_is_being_loaded,
+    "lfu": test_eviction.test_lfu_keeps_what_is_used_often,
+    "hits are counted": test_eviction.test_hits_are_counted_where_policies_read_them,
+    "lru in use": partial(test_eviction.test_a_block_in_use_is_never_named, "lru"),
+    "lfu in use": partial(test_eviction.test_a_block_in_use_is_never_named, "lfu"),
+    "doubt in every tier": test_cache_machine.test_doubt_reaches_every_tier,
+    "seats": test_scheduler.test_samples_to_come_take_a_seat,
+    "radix": test_lookup.test_radix_goes_into_the_middle_of_a_block_and_takes_the_longest_way,
+    "first-fit": first_fit,
+    "reservations": reservations,
+    "cancelled arrivals": test_faults.test_nobody_waits_for_the_arrival_of_a_cancelled_request,
+    "longest request": test_faults.test_the_longest_that_fits_is_not_refused,
+    "faults": test_faults.test_faults_really_hit_moves_and_batches,
+}
+
+
+# ---- the mistakes --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bug:
+    """``old`` → ``new`` in the source of ``owner.attribute``, noticed by the check ``caught_by``."""
+
+    name: str
+    owner: Any
+    attribute: str
+    old: str
+    new: str
+    caught_by: str
+
+    @contextmanager
+    def planted(self) -> Iterator[None]:
+        own = inspect.getattr_static(self.owner, self.attribute)
+        function = own.fget if isinstance(own, property) else own
+        source = textwrap.dedent(inspect.getsource(function))
+        assert self.old in source, f"{self.name}: {self.old!r} is not in {function.__qualname__} any more"
+        changed = source.replace(self.old, self.new)
+        assert changed != source
+        names: dict[str, Any] = {}
+        code = compile(
+            changed, f"<{self.name}>", "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True
+        )
+        exec(code, function.__globals__, names)
+        setattr(self.owner, self.attribute, names[function.__name__])
+        try:
+            yield
+        finally:
+            setattr(self.owner, self.attribute, own)
+
+
+BUGS = [
+    Bug("a fork does not count itself", KVCache, "fork", "self.device.share(block)", "pass", "walks"),
+    Bug("lru may name a block in use", LRU, "hit", "self._order.pop(block, None)", "pass", "lru in use"),
+    Bug(
+        "a simple policy may name a block in use",
+        Eviction,
+        "hit",
+        "self._scores.pop(block, None)",
+        "pass",
+        "lfu in use",
+    ),
+    Bug(
+        "copy-on-write without the copy",
+        KVCache,
+        "grow",
+        "self.moves.append(Move(DEVICE, old.index, DEVICE, new.index))",
+        "pass",
+        "outputs",
+    ),
+    Bug(
+        "after copy-on-write the old slot is written",
+        KVCache,
+        "grow",
+        "table.indices[at] = new.index",
+        "pass",
+        "outputs",
+    ),
+    Bug(
+        "a shared block is written in place",
+        KVCache,
+        "grow",
+        "blocks[at].ref_count > 1",
+        "blocks[at].ref_count > 99",
+        "outputs",
+    ),
+    Bug(
+        "a block is published before it is full",
+        KVCache,
+        "commit",
+        "full = table.num_tokens // self.block_size",
+        "full = -(-table.num_tokens // self.block_size)",
+        "walks",
+    ),
+    Bug("tenants share", Prefix, "__init__", "self.salt = salt", "self.salt = None", "tenants"),
+    Bug(
+        "a match does not verify the parent",
+        ChainedHash,
+        "match",
+        "block.parent != parent or ",
+        "",
+        "collisions",
+    ),
+    Bug(
+        "a match does not verify the tokens",
+        ChainedHash,
+        "match",
+        " or block.content != contents[i]",
+        "",
+        "collisions",
+    ),
+    Bug(
+        "a release forgets the first block",
+        KVCache,
+        "release",
+        "self.device.drop(table.blocks[::-1]",
+        "self.device.drop(table.blocks[:0:-1]",
+        "walks",
+    ),
+    Bug(
+        "a release goes head first",
+        KVCache,
+        "release",
+        "self.device.drop(table.blocks[::-1]",
+        "self.device.drop(table.blocks",
+        "walks",
+    ),
+    Bug(
+        "swapping in mixes up the blocks",
+        KVCache,
+        "swap_in",
+        "zip(table.host_blocks, taken)",
+        "zip(table.host_blocks[::-1], taken)",
+        "outputs",
+    ),
+    Bug(
+        "saving comes before what was asked for earlier",
+        KVCache,
+        "swap_out",
+        "self.moves.append(",
+        "self.moves.appendleft(",
+        "walks",
+    ),
+    Bug(
+        "a victim's copy is made after its block is overwritten",
+        KVCache,
+        "_load",
+        "self.moves.append(",
+        "self.moves.appendleft(",
+        "walks",
+    ),
+    Bug(
+        "a preempted sequence keeps its computed count",
+        KVCache,
+        "admit",
+        "table.num_tokens = match.num_tokens",
+        "table.num_tokens = len(table.prefix.tokens) - 1 if readmitted else match.num_tokens",
+        "outputs",
+    ),
+    Bug(
+        "what was hit is published again",
+        KVCache,
+        "admit",
+        "table.num_published = num_hits",
+        "table.num_published = 0",
+        "walks",
+    ),
+    Bug(
+        "a hit may cover the prompt's last token",
+        Engine,
+        "_prefill",
+        "seq.num_tokens - 1)",
+        "seq.num_tokens)",
+        "outputs",
+    ),
+    Bug("lfu does not look at hits", LFU, "priority", "block.hits", "0", "lfu"),
+    Bug("hits are never counted", KVCache, "_observe", "block.hits += 1", "pass", "hits are counted"),
+    Bug(
+        "radix hands out one token too many",
+        RadixTree,
+        "match",
+        "start + best,",
+        "start + best + 1,",
+        "radix",
+    ),
+    Bug(
+        "what a failed step computed is published",
+        Engine,
+        "_commit",
+        "self.cache.distrust(seq.table)",
+        "self.cache.commit(seq.table, len(entry.tokens))",
+        "failures",
+    ),
+    Bug(
+        "the host's copy of a doubtful block stays",
+        KVCache,
+        "distrust",
+        "[block, self.lookup.copy_in(block, HOST)]",
+        "[block]",
+        "doubt in every tier",
+    ),
+    Bug(
+        "a standing decision survives an arrival",
+        Engine,
+        "_let_in",
+        "self._standing = []",
+        "pass",
+        "arrivals",
+    ),
+    Bug(
+        "a decision stands although not all could run",
+        Engine,
+        "_plan",
+        " and len(plan.entries) == len(self.running)",
+        "",
+        "standing",
+    ),
+    Bug(
+        "an evicted block can still be found",
+        KVCache,
+        "_device_evicted",
+        "forget(block)",
+        "pass",
+        "walks",
+    ),
+    Bug("sharing is not unsaved", BlockPool, "drop", "self.saved_tokens -= block.fill", "pass", "walks"),
+    Bug(
+        "a refused admission is observed",
+        KVCache,
+        "admit",
+        "self.scattered = False",
+        "self._observe(table, guarded, readmitted)",
+        "walks",
+    ),
+    Bug(
+        "an orphan displaces what is being loaded",
+        KVCache,
+        "_load",
+        "if source.key is None:",
+        "if False:",
+        "orphan while loading",
+    ),
+    Bug(
+        "promises are not taken back",
+        KVCache,
+        "release",
+        "self._promised -= self._within(table)",
+        "pass",
+        "accounting",
+    ),
+    Bug(
+        "free runs are not merged",
+        FirstFit,
+        "free",
+        "self._lengths[start] += length",
+        "self._lengths[start] = length",
+        "first-fit",
+    ),
+    Bug("pow2 forgets the prompt", Pow2, "claim", "sequence.prompt_len + (1", "(1", "reservations"),
+    Bug(
+        "who is cancelled before arrival is waited for",
+        Engine,
+        "cancel",
+        "entry[2] is group for",
+        "False for",
+        "cancelled arrivals",
+    ),
+    Bug(
+        "a step counts before its result is in",
+        Engine,
+        "step",
+        "result = self.executor.execute(orders)",
+        "self.events.step += 1\n    result = self.executor.execute(orders)\n    self.events.step -= 1",
+        "faults",
+    ),
+    Bug(
+        "the longest request that fits is refused",
+        Engine,
+        "_check_fits",
+        "needed > self.cache.device.capacity",
+        "needed >= self.cache.device.capacity",
+        "longest request",
+    ),
+    Bug("samples to come take no seat", Plan, "seats", "1 + s.to_fork", "1", "seats"),
+]

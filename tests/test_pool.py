@@ -1,0 +1,194 @@
+"""The blocks of one tier: free + in use + cached = total, and what fails changes nothing (law 1)."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from strategies import Spy, examples, policies, servable
+
+from pagedlab.cache.pool import BlockPool
+from pagedlab.errors import InvariantBroken
+from pagedlab.policies import Block
+from pagedlab.registry import make
+
+PICK = st.randoms(use_true_random=False)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Holders take, share and drop blocks, publish some, and others are forgotten."""
+
+    @initialize(
+        num_blocks=st.integers(1, 12),
+        reserved=st.sampled_from((0, 0, 1)),
+        allocator=policies("allocator"),
+        eviction=policies("eviction"),
+    )
+    def start(self, num_blocks: int, reserved: int, allocator: Any, eviction: Any) -> None:
+        self.spy = Spy(inner=eviction)
+        self.evicted: list[Block] = []
+        self.pool = BlockPool(
+            num_blocks + reserved, allocator, self.spy, self.on_evict, block_size=2, reserved=reserved
+        )
+        self.holders: list[list[Block]] = []
+        self.keys = 0
+        self.time = 0
+
+    def on_evict(self, victims: list[Block]) -> None:
+        for block in victims:
+            assert block.ref_count == 0, "evicted while in use"
+            assert block.key is not None, "the victim's identity is gone before it could be kept elsewhere"
+        self.evicted += victims
+
+    def counted(self) -> tuple[int, int, int]:
+        return self.pool.num_free, self.pool.num_in_use, self.pool.num_cached
+
+    @rule(pick=PICK, n=st.integers(0, 6), contiguous=st.booleans(), protect=st.booleans())
+    def take(self, pick: Random, n: int, contiguous: bool, protect: bool) -> None:
+        cached = [b for b in self.pool.blocks if b.key is not None and not b.ref_count]
+        protected = pick.sample(cached, pick.randint(0, len(cached))) if protect else []
+        held = {b for blocks in self.holders for b in blocks}
+        before, log = self.counted(), len(self.spy.log)
+        room = self.pool.has_room(n, protected, contiguous=contiguous)
+        assert (self.counted(), len(self.spy.log)) == (before, log), "asking for room changed something"
+        taken = self.pool.take(n, protected, contiguous=contiguous)
+        assert room == (taken is not None), "has_room() and take() disagree"
+        if taken is None:
+            assert (self.counted(), len(self.spy.log)) == (before, log), "a refusal left a trace"
+            assert contiguous or n > before[0] + before[2] - len(protected)
+            return
+        assert len(taken) == len(set(taken)) == n
+        assert not set(taken) & held, "handed out again while in use"
+        assert not set(taken) & set(protected)
+        assert all(b.ref_count == 1 and b.key is None for b in taken)
+        if contiguous and self.pool.allocator.contiguous:
+            assert [b.index for b in taken] == [taken[0].index + i for i in range(n)] if n else True
+        if taken:
+            self.holders.append(taken)
+
+    @rule(pick=PICK)
+    def share(self, pick: Random) -> None:
+        findable = [b for b in self.pool.blocks if b.ref_count or b.key is not None]
+        if findable and len(self.holders) < 8:
+            chosen = pick.sample(findable, pick.randint(1, len(findable)))
+            for block in chosen:
+                if block.key is not None:
+                    self.spy.hit(block)
+                elif block.ref_count == 1:
+                    block.fill = pick.randint(1, 2)
+                self.pool.share(block)
+            self.holders.append(chosen)
+
+    @rule(pick=PICK)
+    def publish(self, pick: Random) -> None:
+        private = [b for blocks in self.holders for b in blocks if b.key is None and b.ref_count == 1]
+        if private:
+            block = pick.choice(private)
+            self.keys += 1
+            self.time += 1
+            block.key = self.keys
+            self.pool.store(block, self.time)
+
+    @rule(pick=PICK)
+    def drop(self, pick: Random) -> None:
+        if self.holders:
+            self.time += 1
+            self.pool.drop(self.holders.pop(pick.randrange(len(self.holders)))[::-1], self.time)
+
+    @rule(pick=PICK)
+    def forget(self, pick: Random) -> None:
+        findable = [b for b in self.pool.blocks if b.key is not None]
+        if findable:
+            self.pool.blank(pick.choice(findable))
+
+    @invariant()
+    def books_balance(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        self.pool.check()
+        assert sum(self.counted()) == self.pool.capacity
+        holding: dict[Block, int] = {}
+        for blocks in self.holders:
+            for block in blocks:
+                holding[block] = holding.get(block, 0) + 1
+        assert all(b.ref_count == holding.get(b, 0) for b in self.pool.blocks)
+        assert all(self.pool.blocks[i].ref_count == 0 for i in range(self.pool.reserved))
+        self.spy.agrees_with(self.pool)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        while self.holders:
+            self.pool.drop(self.holders.pop(), self.time)
+        self.books_balance()
+        assert self.pool.num_in_use == 0
+        assert self.pool.saved_tokens == 0
+        taken = self.pool.take(self.pool.capacity, contiguous=True)
+        assert taken is not None, "an unused pool can be handed out whole"
+
+
+def test_any_use_of_a_pool() -> None:
+    run_state_machine_as_test(PoolMachine, settings=settings(max_examples=examples(1.5)))
+
+
+def pool(num_blocks: int = 6, allocator: str = "free-list", eviction: str = "lru") -> BlockPool:
+    return BlockPool(
+        num_blocks,
+        make("allocator", allocator),  # type: ignore[arg-type]
+        make("eviction", eviction),  # type: ignore[arg-type]
+        lambda victims: None,
+        block_size=4,
+    )
+
+
+def publish(p: BlockPool, blocks: list[Block]) -> None:
+    for block in blocks:
+        block.key = block.index
+        p.store(block, 0)
+
+
+@pytest.mark.parametrize("allocator", servable("allocator"))
+@pytest.mark.parametrize("eviction", servable("eviction"))
+def test_cached_blocks_make_way_one_by_one(allocator: str, eviction: str) -> None:
+    p = pool(6, allocator, eviction)
+    taken = p.take(6)
+    assert taken is not None
+    publish(p, taken)
+    p.drop(taken[::-1], 1)
+    assert (p.num_free, p.num_in_use, p.num_cached) == (0, 0, 6)
+    for n in range(1, 4):
+        assert p.take(1) is not None
+        assert (p.num_free, p.num_in_use, p.num_cached) == (0, n, 6 - n)
+
+
+def test_a_run_is_made_by_evicting_as_little_as_needed() -> None:
+    """Three free blocks apart from each other: a contiguous allocator needs victims although enough are free."""
+    p = pool(6, "first-fit")
+    taken = p.take(6)
+    assert taken is not None
+    publish(p, [taken[1], taken[3], taken[5]])
+    p.drop(taken, 1)
+    assert (p.num_free, p.num_cached) == (3, 3)
+    run = p.take(2, contiguous=True)
+    assert run is not None
+    assert run[1].index == run[0].index + 1
+    assert p.num_cached == 2
+
+
+def test_a_count_that_is_wrong_is_noticed() -> None:
+    p = pool()
+    taken = p.take(2)
+    assert taken is not None
+    p.check()
+    taken[0].ref_count = 0
+    with pytest.raises(InvariantBroken, match="free"):
+        p.check()
+    taken[0].ref_count = 1
+    taken[1].key = 5
+    taken[1].ref_count = 0
+    with pytest.raises(InvariantBroken, match="cached"):
+        p.check()
