@@ -244,6 +244,7 @@ def test_fast_path_takes_what_a_llama_has():
         "7 of 7 RMSNorms in one loop",
         "22 linear layers prepacked (3 in groups of 2, 3 in groups of 3)",
         "3 attention layers without transposes",
+        "3 gated MLPs with their activation in one loop",
     ]
     executor.release()
     assert not any("forward" in vars(m) for m in model.modules())

@@ -86,14 +86,15 @@ def load_model(
     source: str | Path | PreTrainedModel,
     *,
     dtype: str | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     tokenizer: Any | None = None,
 ) -> LoadedModel:
     """Load, check and prove a model.
 
     ``source`` is ``"tiny"`` (ships with the package), a local folder, a hub name, ``"random:..."`` (a known
     shape with random weights), or a model object (which is then changed in place: attention, and dtype and
-    device if they differ). ``dtype`` None keeps the weights' own.
+    device if they differ). ``dtype`` None keeps the weights' own, ``device`` None
+    leaves a model object where it is and puts others on the CPU.
 
     Raises `ConfigError` if there is no such model or no such dtype, `ModelNotServed` if it cannot run through
     a paged cache; both in one line.
@@ -115,7 +116,8 @@ def load_model(
     model.eval()
     if model.device.type == "meta" or any(p.device.type == "meta" for p in model.parameters()):
         raise ModelNotServed(f"{name} has weights that are not loaded (meta device)")
-    _to(model, torch.device(device))
+    if device is not None:
+        _to(model, torch.device(device))
     if wanted is not None and model.dtype != wanted:
         _to(model, wanted)
     if model.dtype not in DTYPES.values():

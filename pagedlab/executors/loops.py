@@ -108,6 +108,42 @@ def rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
+_LOG2E, _LN2_HI, _LN2_LO = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+_C0, _C1, _C2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+_C3, _C4, _C5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+_ONE, _HALF = np.float32(1), np.float32(0.5)
+
+
+@njit(**_LOOP)
+def _silu(x):
+    """``x / (1 + exp(-x))``; the exponential is Cephes' expf, which LLVM can vectorise, as it cannot libm's."""
+    y = -x
+    y = np.float32(87) if y > np.float32(87) else y  # keeps NaN
+    y = np.float32(-87) if y < np.float32(-87) else y
+    n = np.floor(y * _LOG2E + _HALF)
+    r = (y - n * _LN2_HI) - n * _LN2_LO
+    p = ((((_C0 * r + _C1) * r + _C2) * r + _C3) * r + _C4) * r + _C5
+    e = (p * r * r + r + _ONE) * _from_bits(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
+    return x / (_ONE + e)
+
+
+@njit(**_LOOP)
+def _silu_mul(both_address, out_address, rows, size, kind):
+    for r in range(rows):
+        gate, up = _at(both_address, 2 * r * size, kind), _at(both_address, (2 * r + 1) * size, kind)
+        out = _at(out_address, r * size, kind)
+        for i in range(size):
+            out[i] = _narrow(_silu(_wide(gate[i])) * _wide(up[i]), kind)
+
+
+def silu_mul(both: torch.Tensor) -> torch.Tensor:
+    """Return ``silu(gate) * up`` [..., size] for contiguous ``both`` [..., gate and up of ``size`` each]."""
+    size = both.shape[-1] // 2
+    out = both.new_empty(*both.shape[:-1], size)
+    _silu_mul(both.data_ptr(), out.data_ptr(), out.numel() // size, size, _KINDS[both.dtype])
+    return out
+
+
 @njit(**_LOOP)
 def _turn(x, out, cos, sin, size, scale, eps, normed, kind):
     """Rotate one head of one token from ``x`` to ``out``, normed before if ``normed``."""

@@ -41,9 +41,10 @@ class ModelExecutor:
     """Runs any Hugging Face causal LM that uses transformers' attention interface over a paged cache.
 
     ``model`` is ``"tiny"``, a folder, a hub name or a model object (changed in place until `release`). ``dtype`` None
-    keeps the weights' own. ``fast`` swaps linear layers and norms for equal, faster ones (never in float64; what was
-    swapped is in ``fast_path``); ``num_threads`` sets torch's pool. ``poison`` fills a fresh cache with NaN,
-    so that a read of a slot that nobody wrote cannot go unnoticed (tests).
+    keeps the weights' own; ``device`` None leaves a model object where it is and puts others on the CPU. ``fast`` swaps
+    modules for equal, faster ones (never in float64; ``fast_path.notes`` says which; on top of the weights it takes as
+    much memory again); ``num_threads`` sets torch's pool. ``poison`` fills a fresh cache with NaN, so that a read of a
+    slot that nobody wrote cannot go unnoticed (tests).
 
     Raises `ModelNotServed` or `ConfigError`, in one line, if the model cannot be served.
     """
@@ -58,7 +59,7 @@ class ModelExecutor:
         num_threads: int | None = None,
         tokenizer: Any | None = None,
         fast: bool = True,
-        device: str = "cpu",
+        device: str | None = None,
         poison: bool = False,
     ) -> None:
         if num_threads is not None:
@@ -67,7 +68,7 @@ class ModelExecutor:
             torch.set_num_threads(num_threads)
         self.loaded = load_model(model, dtype=dtype, device=device, tokenizer=tokenizer)
         self.model: PreTrainedModel = self.loaded.model
-        self.device = torch.device(device)
+        self.device = self.model.device
         self.layout = layout
         self.kernel = kernel.resolve(str(self.device), dtype_name(self.loaded.dtype))
         self.attention = _make_attention(self.kernel, layout)
