@@ -169,7 +169,7 @@ def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator((d.text for d in documents), trainer)
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=EOS,
         eos_token=EOS,
@@ -178,6 +178,8 @@ def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
+    tokenizer.add_bos_token = True  # every document began with it
+    return tokenizer
 
 
 def random_pieces(text: str, rng: random.Random, mean: float = 400.0) -> Iterator[str]:
@@ -561,8 +563,8 @@ describes text of this kind and no other.
 Byte-level BPE with a vocabulary of {arch["vocabulary"]:,}, trained on the training files. All 256 bytes are
 in the alphabet: there is no unknown token, and every text decodes to exactly itself. The one special
 token, `{EOS}`, is at once beginning, end and padding. Every document ends with it, and
-generation stops there. The tokenizer does not add it: put it in front of a prompt that starts a
-document. On the held-out files a token is {held["held_out_bytes_per_token"]} bytes.
+generation stops there. The tokenizer puts it in front of a text. On the held-out files a token is
+{held["held_out_bytes_per_token"]} bytes.
 
 ## Architecture
 

