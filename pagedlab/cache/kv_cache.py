@@ -178,9 +178,7 @@ class KVCache:
         if source.key is None:
             # While room was made, an evicted orphan took its place in the index: usable, but not findable any more.
             return target
-        target.key, target.parent, target.parent_key = source.key, source.parent, source.parent_key
-        target.content, target.salt, target.depth = source.content, source.salt, source.depth
-        target.session, target.request_class = source.session, source.request_class
+        target.stand_for(source)
         published = self.lookup.publish(target)
         target.serial = source.serial
         if not published.indexed:
@@ -428,9 +426,7 @@ class KVCache:
         if taken is None:
             return
         copy, now = taken[0], self.events.time
-        copy.key, copy.parent, copy.parent_key = block.key, block.parent, block.parent_key
-        copy.content, copy.salt, copy.depth = block.content, block.salt, block.depth
-        copy.session, copy.request_class = block.session, block.request_class
+        copy.stand_for(block)
         published = lookup.publish(copy)
         if published.displaced is not None:
             self._displace(published.displaced)

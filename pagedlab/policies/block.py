@@ -70,6 +70,12 @@ class Block:
         self.last_released = 0
         """Engine time of the last release, in picoseconds."""
 
+    def stand_for(self, other: Block) -> None:
+        """Take on what identifies the content of ``other``, of which this block (in another tier) is a copy."""
+        self.key, self.parent, self.parent_key = other.key, other.parent, other.parent_key
+        self.content, self.salt, self.depth = other.content, other.salt, other.depth
+        self.session, self.request_class = other.session, other.request_class
+
     def __repr__(self) -> str:
         state = "in use" if self.ref_count else "cached" if self.key is not None else "free"
         return f"<block {TIER_NAMES[self.tier]}:{self.index} {state} depth {self.depth} hits {self.hits}>"

@@ -20,15 +20,14 @@ from pagedlab.registry import register
 class Kernel(Policy):
     """Contract of an attention kernel choice.
 
-    ``implementation`` names the class that does the work, ``dtypes`` what the cache may hold, ``devices`` where it
-    runs, and ``efficiency`` its share of copy bandwidth for cost models (None: not measured).
+    ``implementation`` names the class that does the work, ``dtypes`` what the cache may hold, and ``devices`` where it
+    runs.
     """
 
     slot: ClassVar[str] = "kernel"
     implementation: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16", "float64")
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
-    efficiency: ClassVar[float | None] = None
 
     def resolve(self, device: str, dtype: str) -> Kernel:
         """Return the kernel to use for a cache of ``dtype`` ("float32", ...) on ``device`` ("cpu", "cuda:0", ...).
