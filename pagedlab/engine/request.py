@@ -88,6 +88,9 @@ class Request:
     ``prompt`` is a sequence of token ids (workloads with text are tokenised before they reach the engine).
     ``arrival`` is in seconds on the engine's clock. ``salt`` separates tenants: prefixes are shared only
     between requests of equal salt. Higher ``priority`` runs first where the policies look at it.
+
+    A request that ``follows`` another (by id, of the same workload) is sent ``think_time`` seconds after that one
+    has ended, whatever its own ``arrival`` says: the next turn of a conversation, the next call of an agent.
     """
 
     request_id: str
@@ -100,6 +103,8 @@ class Request:
     request_class: str | None = None
     hints: Hints = field(default_factory=Hints)
     text: str | None = None
+    follows: str | None = None
+    think_time: float = 0.0
 
     def as_row(self) -> dict[str, Any]:
         """Return the descriptive columns of the request, for tables."""
