@@ -90,6 +90,9 @@ class Config:
     """Share of the pool kept free when a request is admitted beside others."""
     null_block: bool = False
     """Never hand out block 0 (vLLM's null block)."""
+    async_scheduling: bool = False
+    """Plan each step while the one before it runs (vLLM's default): arrivals are seen a step later, and the seats and
+    blocks of who ends come free a step later."""
     prefetch_budget: int = 64
     """Blocks that prefetch may move in one step."""
     seed: int = 0
@@ -135,8 +138,9 @@ class Config:
             or not 0 <= self.watermark < 1
         ):
             raise ConfigError(f"watermark must be a share from 0 to below 1, not {self.watermark!r}")
-        if not isinstance(self.null_block, bool):
-            raise ConfigError(f"null_block must be true or false, not {self.null_block!r}")
+        for name in ("null_block", "async_scheduling"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.null_block and self.num_blocks < 2:
             raise ConfigError("null_block takes one block, so num_blocks must be at least 2")
         swap = self.policies().swap

@@ -333,8 +333,8 @@ BUGS = [
         "what a failed step computed is published",
         Engine,
         "_commit",
-        "self.cache.distrust(seq.table)",
-        "self.cache.commit(seq.table, len(entry.tokens))",
+        "cache.distrust(seq.table)",
+        "cache.commit(seq.table, dict(deciding).get(seq, 1))",
         "failures",
     ),
     Bug(
@@ -349,7 +349,7 @@ BUGS = [
         "a standing decision survives an arrival",
         Engine,
         "_let_in",
-        "self._standing = []",
+        "self._stands = False",
         "pass",
         "arrivals",
     ),
@@ -357,8 +357,8 @@ BUGS = [
         "a decision stands although not all could run",
         Engine,
         "_plan",
-        " and len(plan.entries) == len(self.running)",
-        "",
+        "decision is not None and everyone and",
+        "decision is not None and",
         "standing",
     ),
     Bug(
@@ -416,7 +416,7 @@ BUGS = [
         Engine,
         "step",
         "result = self.executor.execute(orders)",
-        "self.events.step += 1\n    result = self.executor.execute(orders)\n    self.events.step -= 1",
+        "self.events.step += 1\n        result = self.executor.execute(orders)\n        self.events.step -= 1",
         "faults",
     ),
     Bug(
@@ -427,5 +427,5 @@ BUGS = [
         "needed >= self.cache.device.capacity",
         "longest request",
     ),
-    Bug("samples to come take no seat", Plan, "seats", "1 + s.to_fork", "1", "seats"),
+    Bug("samples to come take no seat", Plan, "seats", " - engine.promised_seats", "", "seats"),
 ]

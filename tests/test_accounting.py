@@ -47,7 +47,7 @@ def recount(engine: Engine) -> dict[str, Any]:
 
 
 def agrees(engine: Engine) -> None:
-    memory, truth = engine.cache.memory(), recount(engine)
+    memory, truth = engine.memory(), recount(engine)
     assert sum(memory[:6]) == engine.cache.device.capacity * engine.config.block_size
     assert memory.stored == truth["stored"]
     assert memory.saved == truth["saved"]
@@ -69,8 +69,8 @@ def test_the_kinds_of_memory_are_what_a_count_says(scenario: Scenario) -> None:
     for record in engine.steps:
         assert sum(record.memory[:6]) == engine.cache.device.capacity * engine.config.block_size
         assert min(record.memory) >= 0
-    assert engine.cache.memory()[:3] == (0, 0, 0)
-    assert engine.cache.memory().saved == 0
+    assert engine.memory()[:3] == (0, 0, 0)
+    assert engine.memory().saved == 0
 
 
 @settings(max_examples=examples(1.5))

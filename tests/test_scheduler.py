@@ -35,6 +35,10 @@ class Walking(Scheduler):
 
     inner: object = None
 
+    @property
+    def steady_decode(self) -> bool:  # type: ignore[override]
+        return self.inner.steady_decode  # type: ignore[attr-defined,no-any-return]
+
     def reset(self) -> None:
         self.asked = self.would_stand = 0
         self.inner.reset()  # type: ignore[attr-defined]

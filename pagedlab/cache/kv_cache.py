@@ -73,12 +73,29 @@ class KVCache:
         """The last admission failed although enough blocks were free: no run was long enough."""
         self._tokens = 0
         self._promised = 0
+        self.better_match = False
+        """Something was published that a refused sequence had been waiting for."""
+        self._awaited: set[int] = set()
+        self._await_any = False
 
     # ---- finding -----------------------------------------------------------------------------------------------
 
     def match(self, prefix: Prefix, max_tokens: int) -> Match:
         """Return the longest cached prefix of at most ``max_tokens`` tokens. Changes nothing, counts as no use."""
         return self.lookup.match(prefix, max_tokens) if self._shares else NO_MATCH
+
+    def await_better(self, prefix: Prefix, match: Match, max_tokens: int) -> None:
+        """A sequence was refused with this match: note what would make it longer (`better_match`)."""
+        if self.lookup.granularity == "token":
+            self._await_any = True
+        elif self._shares and (at := len(match.blocks)) < max_tokens // self.block_size:
+            self._awaited.add(prefix.keys(at + 1)[at])
+
+    def await_nothing(self) -> None:
+        """Forget what was awaited."""
+        self.better_match = self._await_any = False
+        if self._awaited:
+            self._awaited = set()
 
     # ---- admitting and growing ---------------------------------------------------------------------------------
 
@@ -165,7 +182,7 @@ class KVCache:
                     prefetched.discard(block)
                     self._on_prefetch_fate(block, "useful")
         prefix = table.prefix
-        num_full = len(prefix.tokens) // self.block_size
+        num_full = len(prefix) // self.block_size
         miss = self.device.eviction.miss
         keys = prefix.keys(num_full)
         num_whole = len(found)
@@ -274,6 +291,8 @@ class KVCache:
             parent, parent_key = serial, key
         table.num_published = full
         table.parent, table.parent_key = parent, parent_key
+        if self._await_any or (self._awaited and not self._awaited.isdisjoint(b.key for b in stored)):
+            self.better_match = True
         if stored:
             self.events.record(
                 ev.BLOCK_STORED,
@@ -453,12 +472,13 @@ class KVCache:
         """Token slots of the table that its sequence can come to fill."""
         return min(len(table.blocks) * self.block_size, table.final_len)
 
-    def memory(self) -> Memory:
-        """Return where the device tier's token slots are now. O(1)."""
+    def memory(self, behind: int = 0) -> Memory:
+        """Return where the device tier's token slots are now, ``behind`` tokens more than tables count. O(1)."""
         size, pool = self.block_size, self.device
         held = pool.num_in_use * size
-        stored = self._tokens - pool.saved_tokens
-        reserved = max(0, min(self._promised - self._tokens, held - stored))
+        tokens = self._tokens + behind
+        stored = tokens - pool.saved_tokens
+        reserved = max(0, min(self._promised - tokens, held - stored))
         free = pool.num_free * size
         external = free if self.scattered else 0
         return Memory(

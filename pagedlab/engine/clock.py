@@ -33,9 +33,24 @@ class Clock(Protocol):
     def wait_until(self, time_ps: int) -> None:
         """Nothing can be done before ``time_ps``."""
 
+    def pace(self, fixed: int, slope: int) -> tuple[int, int] | None:
+        """Return how this clock counts steps of which the executor says that they take ``fixed + slope *
+        context_tokens``, in the same form; None if time passes by itself, so that no step can be leapt over.
+        """
+
+    def leap(self, duration_ps: int, steps: int) -> None:
+        """``steps`` steps have run; together they took ``duration_ps`` by the clock's own pace."""
+
 
 class WallClock:
     """Real time."""
+
+    def pace(self, fixed: int, slope: int) -> tuple[int, int] | None:
+        """Real time passes by itself."""
+        return None
+
+    def leap(self, duration_ps: int, steps: int) -> None:
+        """Real time has passed by itself."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter_ns()
@@ -77,3 +92,42 @@ class StepClock:
     def wait_until(self, time_ps: int) -> None:
         """Jump to the first whole second at or after ``time_ps``."""
         self._now = max(self._now, -(-time_ps // PS_PER_SECOND) * PS_PER_SECOND)
+
+    def pace(self, fixed: int, slope: int) -> tuple[int, int] | None:
+        """Every step takes a second."""
+        return PS_PER_SECOND, 0
+
+    def leap(self, duration_ps: int, steps: int) -> None:
+        """One second a step."""
+        self._now += steps * PS_PER_SECOND
+
+
+class VirtualClock:
+    """Simulated time: a step takes as long as the executor says."""
+
+    def __init__(self) -> None:
+        self._now = 0
+
+    def start(self) -> None:
+        """Begin at 0."""
+        self._now = 0
+
+    def now(self) -> int:
+        """Return picoseconds since the start."""
+        return self._now
+
+    def step_done(self, duration_ps: int) -> None:
+        """Go on by ``duration_ps``."""
+        self._now += duration_ps
+
+    def wait_until(self, time_ps: int) -> None:
+        """Jump to ``time_ps``."""
+        self._now = max(self._now, time_ps)
+
+    def pace(self, fixed: int, slope: int) -> tuple[int, int] | None:
+        """As the executor says."""
+        return fixed, slope
+
+    def leap(self, duration_ps: int, steps: int) -> None:
+        """Go on by ``duration_ps``."""
+        self._now += duration_ps

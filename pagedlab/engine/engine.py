@@ -8,6 +8,11 @@
 
 Nothing of a step counts before its result is in: if the executor raises, the same work is ordered again by the next
 call. Requests that can never run are refused by name when they are added, and the others go on.
+
+Sequences that merely decode are held together (`pagedlab.engine.decoders`), so a step costs what changes in it. Where
+outputs are known beforehand and time is virtual, `step` may take many steps at once: up to the next arrival, the next
+finish, or the next block that somebody begins. What it leaves behind, event log and records, is what single
+steps would have left.
 """
 
 from __future__ import annotations
@@ -16,13 +21,17 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
+from math import isqrt
 
 from pagedlab import events as ev
+from pagedlab.cache.accounting import Memory
 from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.table import BlockTable
 from pagedlab.config import Config
+from pagedlab.costs.base import StepWork
 from pagedlab.engine.clock import Clock, WallClock, to_ps
-from pagedlab.engine.orders import Executor, SequenceStep, StepOrders, StepResult
+from pagedlab.engine.decoders import Decoders
+from pagedlab.engine.orders import Executor, Scripted, SequenceStep, StepOrders, StepResult
 from pagedlab.engine.plan import CacheResidency, Plan
 from pagedlab.engine.records import StepRecord, Totals
 from pagedlab.engine.request import Request
@@ -31,6 +40,7 @@ from pagedlab.errors import ConfigError, PagedLabError, PolicyError, RequestTooL
 from pagedlab.events import EventLog
 from pagedlab.policies.block import Block
 from pagedlab.policies.lookup import NO_MATCH
+from pagedlab.policies.prompt import HashedPrompt, HashedTokens
 
 
 class Engine:
@@ -43,6 +53,7 @@ class Engine:
         *,
         clock: Clock | None = None,
         events: EventLog | None = None,
+        skip_ahead: bool = True,
     ) -> None:
         self.config = config
         self.executor = executor
@@ -70,6 +81,20 @@ class Engine:
         """The queue, front first."""
         self.running: list[Sequence] = []
         """Sequences that hold device blocks, oldest admission first."""
+        self.decoders = Decoders(config.block_size)
+        """Of these, the ones that get a token every step without being asked for."""
+        self.undecided: dict[Sequence, None] = {}
+        """Of these, the others."""
+        self.leaving: list[Sequence] = []
+        """Ended while the next step was already planned: their seats and blocks come free after it."""
+        self.promised_seats = 0
+        """Seats kept for parallel samples that have not parted yet."""
+        self.steady = policies.scheduler.steady_decode and (
+            config.max_num_batched_tokens >= config.max_num_seqs
+        )
+        """Whether sequences that decode are held together."""
+        self._scripts = executor if isinstance(executor, Scripted) else None
+        self._skips = skip_ahead
         self.finished: list[Sequence] = []
         self.groups: dict[str, Group] = {}
         self.steps: list[StepRecord] = []
@@ -78,8 +103,12 @@ class Engine:
         self._ended: list[int] = []
         self._num_groups = 0
         self._num_sequences = 0
+        self._stands = False
+        """Whether the scheduler's last decision still holds."""
         self._standing: list[Sequence] = []
-        """While the last decision stands: who decodes one token a step, in order, without asking the scheduler."""
+        """Then, unless decoding is steady: who gets one token a step, in order."""
+        self._followers: dict[str, list[Group]] = {}
+        self._last_start = -1
         executor.prepare(
             num_blocks=config.num_blocks,
             block_size=config.block_size,
@@ -102,11 +131,19 @@ class Engine:
             # Different for every request, the same in every run.
             seed = hash((self.config.seed, self._num_groups)) & (2**63 - 1)
             request = replace(request, sampling=replace(request.sampling, seed=seed))
+        if request.follows is not None and request.follows not in self.groups:
+            raise ConfigError(
+                f"request {request.request_id!r} follows {request.follows!r}, which was not added before it"
+            )
         arrival = max(to_ps(request.arrival), 0)
-        group = Group(request, arrival, self._num_groups)
+        group = Group(request, arrival, self._num_groups, self.steps, unfinished=request.sampling.n)
         self._num_groups += 1
         self.groups[request.request_id] = group
-        leader = self._new_sequence(group, 0, list(request.prompt))
+        prompt = request.prompt
+        tokens = (
+            HashedTokens(prompt, self._num_sequences) if isinstance(prompt, HashedPrompt) else list(prompt)
+        )
+        leader = self._new_sequence(group, 0, tokens)
         leader.to_fork = request.sampling.n - 1
         group.sequences.append(leader)
         try:
@@ -114,13 +151,27 @@ class Engine:
         except PagedLabError as error:
             self._refuse(leader, error)
             return group
-        heappush(self._future, (arrival, group.order, group))
+        if request.follows is None:
+            heappush(self._future, (arrival, group.order, group))
+        elif self.groups[request.follows].unfinished:
+            self._followers.setdefault(request.follows, []).append(group)
+        else:
+            self._send(group)
         return group
 
-    def _new_sequence(self, group: Group, sample_index: int, tokens: list[int]) -> Sequence:
+    def _send(self, group: Group) -> None:
+        """What the group follows has ended: it comes after its think time."""
+        group.arrival = self.events.time + max(to_ps(group.request.think_time), 0)
+        heappush(self._future, (group.arrival, group.order, group))
+
+    def _new_sequence(self, group: Group, sample_index: int, tokens: list[int] | HashedTokens) -> Sequence:
         prompt_len = len(group.request.prompt)
         max_len = min(prompt_len + group.request.sampling.max_tokens, self.max_model_len)
+        script = None
+        if self._scripts is not None:
+            script = self._scripts.script(group.request, sample_index, self._num_sequences)
         seq = Sequence(self._num_sequences, group, sample_index, tokens, max_len, self.config.block_size)
+        seq.script = script
         self._num_sequences += 1
         return seq
 
@@ -189,76 +240,138 @@ class Engine:
 
     # ---- one step ----------------------------------------------------------------------------------------------
 
-    def step(self) -> bool:
-        """Run one step; False if there was nothing left to do.
+    def step(self, max_steps: int | None = None) -> int:
+        """Run one step and return 1, or 0 if there was nothing left to do.
 
-        Whatever the executor raises comes through, and the engine can be stepped again: the step has not happened.
+        Where time is virtual and outputs are known, it may be many steps that differ in nothing but length (at most
+        ``max_steps``); their number is returned. Whatever the executor raises comes through, and the engine can be
+        stepped again: the step has not happened.
         """
         if not self._await_work():
-            return False
+            return 0
         start = self.events.time
-        orders = self._plan()
+        entries = self._plan()
+        orders = self._orders(entries)
         num_moves = len(self.cache.moves)
-        if self.cache.moves:
+        count, duration, growth = self._reach(orders, num_moves, max_steps)
+        if num_moves:
             self.executor.move(self.cache.moves)
-        result = self.executor.execute(orders)
+        if count > 1:
+            total = count * duration + growth * (count * (count - 1) // 2)
+            result = StepResult([], duration_ps=total)
+            self.clock.leap(total, count)
+        else:
+            result = self.executor.execute(orders)
+            self.clock.step_done(result.duration_ps)
         self._ended = []
-        self.clock.step_done(result.duration_ps)
+        self._last_start = start + (count - 1) * duration + growth * ((count - 1) * (count - 2) // 2)
         self.events.time = self.clock.now()
-        self._commit(orders, result, start, num_moves)
+        self.events.step += count - 1
+        self._commit(entries, result, start, num_moves, count, growth)
         self.events.step += 1
-        return True
+        if self.leaving and not self.has_work:
+            self._let_go()
+        return count
 
     def run(self, max_steps: int | None = None) -> None:
         """Step until nothing is left to do, or ``max_steps`` have run."""
-        while (max_steps is None or max_steps > 0) and self.step():
-            if max_steps is not None:
-                max_steps -= 1
+        if max_steps is None:
+            while self.step():
+                pass
+        else:
+            while max_steps > 0 and (taken := self.step(max_steps)):
+                max_steps -= taken
 
     def _await_work(self) -> bool:
         """Let arrivals in; with nothing else to do, wait for the next one. False if there is none."""
-        self.events.time = self.clock.now()
-        self._let_in()
+        self.events.time = now = self.clock.now()
+        # With asynchronous scheduling this step was planned when the last one began.
+        planned = self._last_start if self.config.async_scheduling and self.running else now
+        self._let_in(planned)
+        if not self.running and not self.waiting:
+            self._let_in(now)
         while not self.running and not self.waiting and self._future:
             self.clock.wait_until(self._future[0][0])
             self.events.time = max(self.clock.now(), self._future[0][0])
-            self._let_in()
+            self._let_in(self.events.time)
         return bool(self.running or self.waiting)
 
-    def _let_in(self) -> None:
-        while self._future and self._future[0][0] <= self.events.time:
+    def _let_in(self, until: int) -> None:
+        while self._future and self._future[0][0] <= until:
             _, _, group = heappop(self._future)
             for seq in group.sequences:
                 if seq.status is Status.WAITING:
                     self.waiting.append(seq)
-                    self._standing = []
+                    self._stands = False
                     self.events.record(ev.REQUEST_ARRIVED, seq.seq_id, detail=seq.request_id)
 
-    def _plan(self) -> StepOrders:
+    def _plan(self) -> dict[Sequence, int]:
+        """Decide who computes how many tokens; those who decode steadily are not listed."""
         plan = Plan(self)
-        self.cache.scattered = False
-        if self._standing:
+        if self.decoders.members:
+            self._grow_decoders(plan)
+        if not self._stands or self.cache.better_match or (self.waiting and self.policies.prefetch.enabled):
+            self.cache.scattered = False
+            self.cache.await_nothing()
+            decision = self.policies.scheduler.plan(plan)
+            # A decision that let somebody in or cost somebody their blocks was made for another set of sequences; one
+            # that leaves a running sequence out can change with memory, for it hands that one what another gives up.
+            everyone = not self.undecided if self.steady else len(plan.entries) == len(self.running)
+            self._stands = decision is not None and everyone and not (plan.lost or plan.admitted)
+            self._standing = [] if self.steady else list(plan.entries)
+        else:
             for seq in tuple(self._standing):
                 plan.grant(seq, 1)
-        else:
-            decision = self.policies.scheduler.plan(plan)
-            # A decision that cost somebody their blocks was made for another set of sequences; and one that leaves a
-            # running sequence out can change with memory, for it hands that one what another gives up.
-            stands = decision is not None and not plan.lost and len(plan.entries) == len(self.running)
-            self._standing = list(plan.entries) if stands else []
-        if not plan.entries:
-            self._standing = []
+        if not plan.entries and not self.decoders.members:
+            self._stands = False
+            if self.leaving:
+                self._let_go()
+                return self._plan()
             raise PolicyError(
                 f"scheduler {type(self.policies.scheduler).__name__} granted nothing, with {len(self.running)} "
                 f"sequences running and {len(self.waiting)} waiting: it would stall for ever"
             )
+        if self.leaving:
+            self._let_go()
         if self.policies.prefetch.enabled and self.waiting:
             self._run_prefetch()
-        batch = [self._entry(seq, n) for seq, n in plan.entries.items()]
+        return plan.entries
+
+    def _grow_decoders(self, plan: Plan) -> None:
+        """Make room for one more token of everyone who decodes, in order; only some can need it."""
+        decoders = self.decoders
+        fresh = decoders.fresh
+        for seq in [s for s in decoders.at_boundary() if s not in fresh] + list(fresh):
+            if seq.decoders is not None:  # not preempted for one before it
+                self._sync(seq)
+                self.make_room(seq, seq.table.num_tokens + 1, plan)
+        plan.budget -= len(decoders.members)
+
+    def _sync(self, seq: Sequence) -> None:
+        """Bring a decoding sequence's table up to date, and its tokens if they are known beforehand."""
+        first = seq.since
+        n = self.decoders.lag(seq)
+        if not n:
+            return
+        if seq.script is not None:
+            tokens = seq.tokens
+            if isinstance(tokens, HashedTokens):
+                tokens.generated += n
+            else:
+                out = len(tokens) - seq.prompt_len
+                tokens += seq.script.piece(out, out + n)
+            seq.took(first, n)
+        self.cache.commit(seq.table, n)
+
+    def _orders(self, entries: dict[Sequence, int]) -> StepOrders:
+        if self._scripts is not None:
+            return StepOrders(self.events.step, self.cache.moves, [], self._ended, self._work(entries))
+        batch = [self._entry(seq, 1) for seq in self.decoders.members]
+        batch += [self._entry(seq, n) for seq, n in entries.items()]
         return StepOrders(self.events.step, self.cache.moves, batch, self._ended)
 
     def _entry(self, seq: Sequence, n: int) -> SequenceStep:
-        start = seq.table.num_tokens
+        start = seq.num_computed
         end = start + n
         return SequenceStep(
             seq_id=seq.seq_id,
@@ -269,8 +382,54 @@ class Engine:
             num_samples=0 if end < len(seq.tokens) else 1 + seq.to_fork,
             sample_index=seq.sample_index,
             sampling=seq.group.request.sampling,
-            history=seq.tokens,
+            history=seq.tokens,  # type: ignore[arg-type]
         )
+
+    def _work(self, entries: dict[Sequence, int]) -> StepWork:
+        """Return what the step has to do, in sums."""
+        size = len(self.decoders.members)
+        work = StepWork(decode_seqs=size, context_tokens=self.decoders.context + size, samples=size)
+        for seq, n in entries.items():
+            start = seq.table.num_tokens
+            samples = start + n == len(seq.tokens)
+            work.samples += samples
+            if n == 1 and samples:
+                work.decode_seqs += 1
+                work.context_tokens += start + 1
+            else:
+                work.prefill_seqs += 1
+                work.prefill_tokens += n
+                work.prefill_pairs += n * start + n * (n + 1) // 2
+        return work
+
+    def _reach(self, orders: StepOrders, num_moves: int, max_steps: int | None) -> tuple[int, int, int]:
+        """Return how many steps can be taken at once, how long the first takes, and how much longer each next one."""
+        alone = 1, 0, 0
+        if not self._skips or self._scripts is None or not self._stands or not self.steady or num_moves:
+            return alone
+        if self.undecided or (self.waiting and self.policies.prefetch.enabled):
+            return alone
+        decoders, work = self.decoders, orders.work
+        assert work is not None
+        count = min(decoders.steps_to_boundary(), decoders.steps_to_end())
+        if max_steps is not None:
+            count = min(count, max_steps)
+        if count == 1:
+            return alone
+        linear = self._scripts.linear(work)
+        pace = None if linear is None else self.clock.pace(*linear)
+        if pace is None:
+            return alone
+        fixed, slope = pace
+        first, growth = fixed + slope * work.context_tokens, slope * work.decode_seqs
+        if self._future:
+            gap = self._future[0][0] - self.events.time
+            # With asynchronous scheduling the step that sees an arrival was planned a step before.
+            late = self.config.async_scheduling and gap > 0
+            count = min(count, _steps_until(gap, first, growth) + late)
+            if count == 1:
+                return alone
+        return count, first, growth
 
     def _run_prefetch(self) -> None:
         loads = self.policies.prefetch.plan(
@@ -293,6 +452,8 @@ class Engine:
         if granted:
             self.waiting.remove(seq)
             self.running.append(seq)
+            self.undecided[seq] = None
+            self.promised_seats += seq.to_fork
             seq.status = Status.RUNNING
         return granted
 
@@ -309,11 +470,13 @@ class Engine:
         while True:
             n = plan.cut(seq.num_tokens - match.num_tokens, tokens, whole)
             if not n:
+                self.cache.await_better(seq.table.prefix, match, seq.num_tokens - 1)
                 return 0
             claim = self._claim(seq, match.num_tokens + n)
             if self.cache.admit(seq.table, match, claim, spare=spare, readmitted=readmitted):
                 break
             if self.running or not match.num_tokens:
+                self.cache.await_better(seq.table.prefix, match, seq.num_tokens - 1)
                 return 0
             # Alone, and the prefix itself is in the way (pinned, or splitting the only run): start from nothing.
             match = NO_MATCH
@@ -338,10 +501,13 @@ class Engine:
     def make_room(self, seq: Sequence, num_tokens: int, plan: Plan) -> bool:
         """Grow a running sequence, at others' cost if need be; False if it was preempted itself."""
         while not self.cache.grow(seq.table, num_tokens):
-            self._standing = []
+            self._stands = False
             oldest = min(self.running, key=lambda s: (s.group.order, s.sample_index))
             candidates = [s for s in self.running if s is not oldest]
             if not candidates:
+                if self.leaving:
+                    self._let_go()
+                    continue
                 raise PolicyError(
                     f"sequence {seq.seq_id} is alone and has no room for {num_tokens} tokens: "
                     f"allocator {type(self.cache.device.allocator).__name__} refuses blocks that are free"
@@ -359,58 +525,109 @@ class Engine:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
+        self._stop(seq)
         swapped = self.policies.preemption.mode(seq) == "swap" and self.cache.swap_out(seq.table)
         if not swapped:
             self.cache.release(seq.table)
         seq.num_preemptions += 1
         self.totals.preemptions += 1
         self.totals.swapped_out += swapped
-        self.running.remove(seq)
         seq.status = Status.WAITING
         self.waiting.appendleft(seq)
         self._ended.append(seq.seq_id)
         self.events.record(ev.REQUEST_PREEMPTED, seq.seq_id, detail="swap" if swapped else "recompute")
 
+    def _stop(self, seq: Sequence) -> None:
+        """Take a running sequence out of the running; its blocks stay as they are."""
+        if seq.decoders is not None:
+            self._sync(seq)
+            self.decoders.leave(seq)
+        self.running.remove(seq)
+        self.undecided.pop(seq, None)
+        self.promised_seats -= seq.to_fork
+
+    def _let_go(self) -> None:
+        """Give up the blocks of those that had ended when this step was already planned."""
+        for seq in self.leaving:
+            self.cache.release(seq.table)
+        self.leaving = []
+        self._stands = False
+
     # ---- after the executor ------------------------------------------------------------------------------------
 
-    def _commit(self, orders: StepOrders, result: StepResult, start: int, num_moves: int) -> None:
-        by_id = {seq.seq_id: seq for seq in self.running}
-        done: list[tuple[Sequence, list[int]]] = []
-        for i, entry in enumerate(orders.batch):
-            seq = by_id[entry.seq_id]
-            if i in result.failures:
-                seq.error = result.failures[i]
-                self.cache.distrust(seq.table)
-                self._finish(seq, "error")
-            else:
-                self.cache.commit(seq.table, len(entry.tokens))
-                done.append((seq, result.samples[i]))
+    def _commit(
+        self,
+        entries: dict[Sequence, int],
+        result: StepResult,
+        start: int,
+        num_moves: int,
+        count: int,
+        growth: int,
+    ) -> None:
+        decoders, cache = self.decoders, self.cache
+        deciding, work = list(entries.items()), self._work(entries)
+        batch = [] if self._scripts is not None else [*decoders.members, *entries]
+        for i, reason in result.failures.items():
+            seq = batch[i]
+            seq.error = reason
+            entries.pop(seq, None)
+            if seq.decoders is not None:
+                self._sync(seq)
+            cache.distrust(seq.table)
+            self._finish(seq, "error")
+        memory = cache.memory(decoders.behind + len(decoders.members)) if count > 1 else None
+        decoders.advance(count)
+        for seq in decoders.at_boundary():
+            self._sync(seq)
+        for seq, n in deciding:
+            if seq in entries:
+                cache.commit(seq.table, n)
         # What the pool holds is read when the step's tokens are in and nobody has left yet.
-        self.steps.append(self._record(orders, start, num_moves))
-        for seq, samples in done:
-            if samples:
-                self._take(seq, samples)
+        self._record(work, start, num_moves, count, growth, memory)
+        if self._scripts is not None:
+            self.totals.output_tokens += count * len(decoders.members)
+            for seq in decoders.pop_ended():
+                self._finish(seq, self._script_reason(seq))
+            for seq, _ in deciding:
+                if seq.table.num_tokens == len(seq.tokens):
+                    self._take(seq, [])
+        else:
+            for seq, samples in zip(batch, result.samples):
+                if samples and seq.status is Status.RUNNING:
+                    self._take(seq, samples)
 
-    def _record(self, orders: StepOrders, start: int, num_moves: int) -> StepRecord:
-        decoding = sum(1 for e in orders.batch if len(e.tokens) == 1 and e.num_samples)
-        return StepRecord(
-            step=self.events.step,
+    def _record(
+        self, work: StepWork, start: int, num_moves: int, count: int, growth: int, first: Memory | None
+    ) -> None:
+        total = self.events.time - start
+        last = self.memory()
+        record = StepRecord(
+            step=self.events.step - count + 1,
             start=start,
-            duration=self.events.time - start,
+            duration=(total - growth * (count * (count - 1) // 2)) // count,
             num_running=len(self.running),
             num_waiting=len(self.waiting),
-            prefill_tokens=sum(len(e.tokens) for e in orders.batch) - decoding,
-            decode_tokens=decoding,
+            prefill_tokens=work.prefill_tokens,
+            decode_tokens=work.decode_seqs,
             moves=num_moves,
             preemptions=self.totals.preemptions,
-            memory=self.cache.memory(),
+            memory=last if first is None else first,
+            count=count,
+            growth=growth,
         )
+        self.steps.append(record)
+        if first is not None and (first.cached, first.saved) != (last.cached, last.saved):
+            # What was published at the end found its place taken by a block that nobody can use any more.
+            *_, final = record.each()
+            record.count, final.memory = count - 1, last
+            record.growth = growth if count > 2 else 0
+            self.steps.append(final)
 
     def _take(self, seq: Sequence, samples: list[int]) -> None:
-        """Append the sampled tokens: one to the sequence, the others to forks of it."""
+        """Append the sampled tokens (or the scripted ones): one to the sequence, the others to forks of it."""
         children = []
-        for j in range(1, len(samples)):
-            child = self._new_sequence(seq.group, j, list(seq.tokens))
+        for j in range(1, 1 + seq.to_fork):
+            child = self._new_sequence(seq.group, j, seq.fork_tokens(self._num_sequences))
             child.admitted_at, child.hit_tokens = seq.admitted_at, seq.hit_tokens
             seq.group.sequences.append(child)
             self.cache.fork(seq.table, child.table)
@@ -419,18 +636,37 @@ class Engine:
         if children:
             at = self.running.index(seq) + 1
             self.running[at:at] = children
+            self.undecided.update(dict.fromkeys(children))
+            self.promised_seats -= seq.to_fork
             seq.to_fork = 0
-            self._standing = []
-        for member, token in zip([seq, *children], samples):
-            self._append(member, token)
+            self._stands = False
+        for i, member in enumerate((seq, *children)):
+            script = member.script
+            self._append(member, samples[i] if script is None else script.token(member.num_output))
+            if self.steady and member.status is Status.RUNNING and member.decoders is None:
+                del self.undecided[member]
+                left = None if script is None else self._limit(member) - len(member.tokens)
+                self.decoders.join(member, left)
+
+    def _limit(self, seq: Sequence) -> int:
+        """Tokens at which a scripted sequence ends."""
+        assert seq.script is not None
+        return min(seq.max_len, seq.prompt_len + seq.script.length)
+
+    def _script_reason(self, seq: Sequence) -> str:
+        assert seq.script is not None
+        return seq.script.reason if seq.prompt_len + seq.script.length <= seq.max_len else "length"
 
     def _append(self, seq: Sequence, token: int) -> None:
         seq.tokens.append(token)
-        now = self.events.time
         if seq.first_token_at is None:
-            seq.first_token_at = now
-        seq.token_times.append(now)
+            seq.first_token_at = self.events.time
+        seq.took(self.events.step)
         self.totals.output_tokens += 1
+        if seq.script is not None:
+            if len(seq.tokens) >= self._limit(seq):
+                self._finish(seq, self._script_reason(seq))
+            return
         sampling = seq.group.request.sampling
         if (
             token in sampling.stop_token_ids
@@ -449,12 +685,16 @@ class Engine:
         return bool(ends)
 
     def _finish(self, seq: Sequence, reason: str) -> None:
-        if seq.status is Status.RUNNING:
-            self.running.remove(seq)
+        ran = seq.status is Status.RUNNING
+        if ran:
+            self._stop(seq)
         elif seq in self.waiting:
             self.waiting.remove(seq)
-        self._standing = []
-        self.cache.release(seq.table)
+        self._stands = False
+        if ran and self.config.async_scheduling:
+            self.leaving.append(seq)
+        else:
+            self.cache.release(seq.table)
         self._ended.append(seq.seq_id)
         self.events.record(ev.REQUEST_FINISHED, seq.seq_id, detail=reason)
         self._retire(seq, reason)
@@ -464,13 +704,39 @@ class Engine:
         seq.finish_reason = reason
         seq.finished_at = self.events.time
         self.finished.append(seq)
+        group = seq.group
+        # Samples that have not parted yet never will.
+        group.unfinished -= 1 + seq.to_fork
+        if not group.unfinished:
+            for follower in self._followers.pop(group.request.request_id, ()):
+                if any(s.status is not Status.FINISHED for s in follower.sequences):
+                    self._send(follower)
 
     # ---- looking in --------------------------------------------------------------------------------------------
 
+    def memory(self) -> Memory:
+        """Return where the device tier's token slots are now."""
+        return self.cache.memory(self.decoders.behind)
+
     def tables(self) -> Iterable[BlockTable]:
         """Return the block tables of every sequence that holds blocks in any tier."""
-        return [s.table for s in (*self.running, *self.waiting)]
+        for seq in self.decoders.members:
+            self._sync(seq)
+        return [s.table for s in (*self.running, *self.waiting, *self.leaving)]
 
     def check(self) -> None:
         """Raise `InvariantBroken` unless law 1 holds now."""
         self.cache.check(self.tables())
+
+
+def _steps_until(gap: int, first: int, growth: int) -> int:
+    """Return the least n >= 1 with ``n * first + growth * n * (n - 1) / 2 >= gap``."""
+    if gap <= first:
+        return 1
+    if growth == 0:
+        return -(-gap // first)
+    b = 2 * first - growth
+    n = max(1, (isqrt(b * b + 8 * growth * gap) - b) // (2 * growth))
+    while n * first + growth * (n * (n - 1) // 2) < gap:
+        n += 1
+    return n

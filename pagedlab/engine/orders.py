@@ -10,13 +10,25 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pagedlab.cache.moves import Move
-from pagedlab.engine.request import SamplingParams
+from pagedlab.costs.base import StepWork
+from pagedlab.engine.request import Request, SamplingParams
+from pagedlab.engine.script import Script
 from pagedlab.policies.block import DEVICE, HOST, TIER_NAMES
 
-__all__ = ["DEVICE", "HOST", "TIER_NAMES", "Executor", "Move", "SequenceStep", "StepOrders", "StepResult"]
+__all__ = [
+    "DEVICE",
+    "HOST",
+    "TIER_NAMES",
+    "Executor",
+    "Move",
+    "Scripted",
+    "SequenceStep",
+    "StepOrders",
+    "StepResult",
+]
 
 
 @dataclass(slots=True)
@@ -57,13 +69,16 @@ class StepOrders:
     batch: list[SequenceStep]
     ended: list[int] = field(default_factory=list)
     """Sequences whose rows an executor may forget: finished, cancelled or preempted since the last step."""
+    work: StepWork | None = None
+    """What the step has to do, in sums, for an executor that works by `scripts` (its ``batch`` is empty)."""
 
 
 @dataclass(slots=True)
 class StepResult:
     """What came of a batch, entry by entry.
 
-    ``samples[i]`` holds ``batch[i].num_samples`` token ids (empty while prefilling). ``failures`` maps an
+    ``samples[i]`` holds ``batch[i].num_samples`` token ids (empty while prefilling; unread where outputs are
+    scripted). ``failures`` maps an
     entry to the reason why its keys, values and logits are not to be trusted (NaN logits): the engine ends
     that request alone. ``duration_ps`` is how long the step took in picoseconds, for a clock that does not
     run by itself.
@@ -75,7 +90,10 @@ class StepResult:
 
 
 class Executor(Protocol):
-    """Carries out orders: a real model, or a cost model."""
+    """Carries out orders: a real model, or a cost model.
+
+    A cost model also has the methods of `Scripted`.
+    """
 
     eos_token_ids: frozenset[int]
     max_model_len: int
@@ -96,3 +114,14 @@ class Executor(Protocol):
         """Return the text of ``tokens``, or None if this executor knows no text (then stop strings are
         refused).
         """
+
+
+@runtime_checkable
+class Scripted(Protocol):
+    """What an executor has besides if it knows beforehand what will be said, and how long steps take."""
+
+    def script(self, request: Request, sample_index: int, unique: int) -> Script:
+        """Return the output of one sequence; ``unique`` is a number that no other sequence has."""
+
+    def linear(self, work: StepWork) -> tuple[int, int] | None:
+        """See `pagedlab.costs.base.CostModel.linear`."""

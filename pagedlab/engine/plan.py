@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as ReadOnly
 from functools import cached_property
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, overload
 
 from pagedlab.cache.kv_cache import KVCache
 from pagedlab.engine.sequence import Sequence, Status
@@ -17,33 +19,81 @@ if TYPE_CHECKING:
     from pagedlab.engine.engine import Engine
 
 
+_FRONT = 64
+"""Waiting sequences that are copied for every plan; schedulers rarely look further."""
+
+
+class Queue(ReadOnly[Sequence]):
+    """The waiting queue as it was when it was first asked for, whatever is admitted or preempted meanwhile."""
+
+    def __init__(self, engine: Engine, lost: set[Sequence]) -> None:
+        self._waiting, self._lost = engine.waiting, lost
+        self._size = len(engine.waiting)
+        self._items = list(islice(engine.waiting, _FRONT))
+
+    def __len__(self) -> int:
+        return self._size
+
+    def _all(self) -> list[Sequence]:
+        if len(self._items) < self._size:
+            # Beyond the front nobody has been admitted yet, and who came in since was preempted.
+            front = set(self._items)
+            self._items += [s for s in self._waiting if s not in front and s not in self._lost]
+        return self._items
+
+    @overload
+    def __getitem__(self, at: int) -> Sequence: ...
+    @overload
+    def __getitem__(self, at: slice) -> ReadOnly[Sequence]: ...
+    def __getitem__(self, at: int | slice) -> Sequence | ReadOnly[Sequence]:
+        if isinstance(at, int) and 0 <= at < len(self._items):
+            return self._items[at]
+        return self._all()[at]
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for i in range(self._size):
+            yield self[i]
+
+
 class Plan:
     """One step in the making, as the scheduler sees it (`pagedlab.policies.scheduler.Step`)."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.running: ReadOnly[Sequence] = tuple(engine.running)
         self.budget = engine.config.max_num_batched_tokens
         self.entries: dict[Sequence, int] = {}
         self.lost: set[Sequence] = set()
         """Preempted while this plan was made."""
+        self.admitted = False
+        """Whether this plan has let anybody in."""
+
+    @cached_property
+    def running(self) -> ReadOnly[Sequence]:
+        """Who holds blocks and has to be asked for: everyone, or only those that the engine does not let decode."""
+        engine = self._engine
+        return tuple(engine.undecided if engine.steady else engine.running)
+
+    @property
+    def decoding(self) -> int:
+        """Sequences that get their token without being asked for."""
+        return len(self._engine.decoders.members)
 
     @cached_property
     def waiting(self) -> ReadOnly[Sequence]:
         """The queue as it was when first asked for."""
-        return tuple(self._engine.waiting)
+        return Queue(self._engine, self.lost)
 
     @property
     def seats(self) -> int:
         """Sequences that may still be admitted (a request of n samples takes n)."""
-        taken = sum(1 + s.to_fork for s in self._engine.running)
-        return self._engine.config.max_num_seqs - taken
+        engine = self._engine
+        return engine.config.max_num_seqs - len(engine.running) - len(engine.leaving) - engine.promised_seats
 
     def grant(self, sequence: Schedulable, tokens: int, *, whole: bool = False) -> int:
         """See `pagedlab.policies.scheduler.Step.grant`."""
         engine, seq = self._engine, sequence
         assert isinstance(seq, Sequence)
-        if seq in self.entries:
+        if seq in self.entries or seq.decoders is not None:
             name = type(engine.policies.scheduler).__name__
             raise PolicyError(f"scheduler {name} asked twice for {seq!r} in one step")
         n = 0
@@ -53,6 +103,7 @@ class Plan:
                 n = 0
         elif seq.status is Status.WAITING and seq not in self.lost and self.seats > seq.to_fork:
             n = engine.admit(seq, tokens, whole, self)
+            self.admitted |= n > 0
         if n:
             self.entries[seq] = n
             self.budget -= n
@@ -61,7 +112,8 @@ class Plan:
     def cut(self, remaining: int, tokens: int, whole: bool) -> int:
         """How much of ``remaining`` fits what was asked for and what is left of the step's budget."""
         if whole:
-            return remaining if remaining <= self.budget or not self.entries else 0
+            alone = not self.entries and not self._engine.decoders.members
+            return remaining if remaining <= self.budget or alone else 0
         return max(0, min(remaining, tokens, self.budget))
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from pagedlab.cache.accounting import Memory
 
 
 @dataclass(slots=True)
 class StepRecord:
-    """What one step did: a row of ``run.steps``, and of ``run.memory``."""
+    """What one step did: a row of ``run.steps``, and of ``run.memory``.
+
+    A simulation that leaps writes one record for ``count`` steps in which sequences merely decode: the fields are
+    those of the first, each of the others took ``growth`` picoseconds longer than the one before, and stored one more
+    token for each decoding sequence. `each` gives them one by one.
+    """
 
     step: int
     start: int
@@ -22,6 +29,52 @@ class StepRecord:
     preemptions: int
     """Since the run began."""
     memory: Memory
+    count: int = 1
+    growth: int = 0
+
+    def end(self, i: int) -> int:
+        """Return when the i-th of its steps ended (0 is the first), in picoseconds."""
+        return self.start + (i + 1) * self.duration + self.growth * (i * (i + 1) // 2)
+
+    def each(self) -> Iterator[StepRecord]:
+        """Return a record for every single step."""
+        if self.count == 1:
+            yield self
+            return
+        for i in range(self.count):
+            m, more = self.memory, i * self.decode_tokens
+            reserved = max(0, m.reserved - more)
+            held = m.stored + m.reserved + m.internal
+            yield replace(
+                self,
+                step=self.step + i,
+                start=self.end(i - 1) if i else self.start,
+                duration=self.duration + i * self.growth,
+                moves=0 if i else self.moves,
+                memory=m._replace(
+                    stored=m.stored + more, reserved=reserved, internal=held - m.stored - more - reserved
+                ),
+                count=1,
+                growth=0,
+            )
+
+
+def step_ends(records: list[StepRecord], spans: Sequence[Sequence[int]]) -> list[int]:
+    """Return the ends of the steps in ``spans``, runs of (first step, how many), in picoseconds."""
+    ends: list[int] = []
+    for first, count in spans:
+        at = bisect_right(records, first, key=_step_of) - 1
+        step, last = first, first + count
+        while step < last:
+            record = records[at]
+            stop = min(last, record.step + record.count)
+            ends += [record.end(i) for i in range(step - record.step, stop - record.step)]
+            step, at = stop, at + 1
+    return ends
+
+
+def _step_of(record: StepRecord) -> int:
+    return record.step
 
 
 @dataclass(slots=True)

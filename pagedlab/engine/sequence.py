@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from pagedlab.cache.table import BlockTable
+from pagedlab.engine.decoders import Decoders
+from pagedlab.engine.records import StepRecord, step_ends
 from pagedlab.engine.request import Request
-from pagedlab.policies.lookup import Prefix
+from pagedlab.engine.script import Script
+from pagedlab.policies.lookup import make_prefix
+from pagedlab.policies.prompt import HashedTokens
 
 
 class Status(Enum):
@@ -27,7 +31,11 @@ class Group:
     """Time of arrival in picoseconds."""
     order: int
     """It was the n-th request to arrive."""
+    steps: list[StepRecord]
+    """What the engine has done, by which tokens have their times."""
     sequences: list[Sequence] = field(default_factory=list)
+    unfinished: int = 0
+    """Sequences of the request that have not ended."""
 
 
 class Sequence:
@@ -35,6 +43,8 @@ class Sequence:
 
     __slots__ = (
         "admitted_at",
+        "decoders",
+        "ends_at",
         "error",
         "finish_reason",
         "finished_at",
@@ -43,32 +53,41 @@ class Sequence:
         "hit_tokens",
         "max_len",
         "num_preemptions",
+        "phase",
         "prompt_len",
         "recomputed_tokens",
         "sample_index",
+        "script",
         "seq_id",
+        "since",
+        "spans",
         "status",
         "table",
         "text",
         "to_fork",
-        "token_times",
         "tokens",
     )
 
     def __init__(
-        self, seq_id: int, group: Group, sample_index: int, tokens: list[int], max_len: int, block_size: int
+        self,
+        seq_id: int,
+        group: Group,
+        sample_index: int,
+        tokens: list[int] | HashedTokens,
+        max_len: int,
+        block_size: int,
     ) -> None:
         request = group.request
         self.seq_id = seq_id
         self.group = group
         self.sample_index = sample_index
         self.tokens = tokens
-        """Prompt and output so far."""
+        """Prompt and output so far (while it decodes by a script: as far as its table counts)."""
         self.prompt_len = len(request.prompt)
         self.max_len = max_len
         self.table = BlockTable(
             seq_id,
-            Prefix(tokens, block_size, request.salt),
+            make_prefix(tokens, block_size, request.salt),
             # The last token that is generated is never fed back, so it is never stored.
             max(self.prompt_len, max_len - 1),
             session=request.session,
@@ -83,25 +102,61 @@ class Sequence:
         self.admitted_at: int | None = None
         self.first_token_at: int | None = None
         self.finished_at: int | None = None
-        self.token_times: list[int] = []
+        self.spans: list[list[int]] = []
+        """Steps that gave it a token each: runs of (first step, how many)."""
         self.num_preemptions = 0
         self.hit_tokens = 0
         self.recomputed_tokens = 0
+        self.script: Script | None = None
+        """What it will say, if that is known."""
+        self.decoders: Decoders | None = None
+        """The aggregate that it decodes in."""
+        self.since = 0
+        self.phase = 0
+        self.ends_at = -1
 
     @property
     def num_tokens(self) -> int:
         """Tokens known: prompt and output so far."""
-        return len(self.tokens)
+        return len(self.tokens) if self.decoders is None else self.num_computed + 1
 
     @property
     def num_computed(self) -> int:
         """Tokens whose keys and values are in the cache."""
-        return self.table.num_tokens
+        if self.decoders is None:
+            return self.table.num_tokens
+        return self.table.num_tokens + self.decoders.steps - self.since
 
     @property
     def remaining(self) -> int:
         """Known tokens not yet computed: 1 while decoding."""
-        return len(self.tokens) - self.table.num_tokens
+        return 1 if self.decoders is not None else len(self.tokens) - self.table.num_tokens
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens so far."""
+        return self.num_tokens - self.prompt_len
+
+    @property
+    def token_times(self) -> list[int]:
+        """When each output token came, in picoseconds."""
+        return step_ends(self.group.steps, self.spans)
+
+    @property
+    def last_token_at(self) -> int | None:
+        """When the last output token came, in picoseconds."""
+        if not self.spans:
+            return None
+        first, count = self.spans[-1]
+        return step_ends(self.group.steps, [[first + count - 1, 1]])[0]
+
+    def took(self, first_step: int, count: int = 1) -> None:
+        """Note a token from each of ``count`` steps."""
+        last = self.spans[-1] if self.spans else None
+        if last is not None and last[0] + last[1] == first_step:
+            last[1] += count
+        else:
+            self.spans.append([first_step, count])
 
     @property
     def expected_len(self) -> int:
@@ -113,6 +168,12 @@ class Sequence:
     def output(self) -> list[int]:
         """Tokens generated so far."""
         return self.tokens[self.prompt_len :]
+
+    def fork_tokens(self, unique: int) -> list[int] | HashedTokens:
+        """Return a copy of the tokens for a sample that parts from this one."""
+        if isinstance(self.tokens, HashedTokens):
+            return HashedTokens(self.tokens.prompt, unique, self.tokens.generated)
+        return list(self.tokens)
 
     @property
     def priority(self) -> int:

@@ -17,6 +17,7 @@ from pagedlab.engine.request import Request, SamplingParams
 from pagedlab.errors import ConfigError, nearest
 from pagedlab.events import EventLog
 from pagedlab.lab.models import SHELF
+from pagedlab.policies.prompt import HashedPrompt
 from pagedlab.workloads import Workload, prompts
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Job:
         fast: bool = True,
         arrivals: str = "as-given",
         events: bool = True,
+        skip_ahead: bool = True,
         overrides: dict[str, Any] | None = None,
     ) -> None:
         if not isinstance(config, Config):
@@ -85,7 +87,13 @@ class Job:
         try:
             requests = [_ready(r, sampling, change, arrivals == "now") for r in self.workload]
             requests = tokenise(requests, self.executor, content_ids=self.workload.content_ids)
-            self.engine = Engine(config, self.executor, clock=engine_clock, events=EventLog(enabled=events))
+            self.engine = Engine(
+                config,
+                self.executor,
+                clock=engine_clock,
+                events=EventLog(enabled=events),
+                skip_ahead=skip_ahead,
+            )
             for request in requests:
                 self.engine.add(request)
             # The run begins now: making requests ready is no part of it.
@@ -102,11 +110,11 @@ class Job:
             return 0.0
         return max(0.0, to_seconds(until - self.engine.clock.now()))
 
-    def result(self, *, interrupted: bool) -> Run:
-        """Return what there is."""
+    def result(self, *, interrupted: bool, ended: bool = False) -> Run:
+        """Return what there is; if nothing more will come (``ended``), its tables are built when they are asked for."""
         from pagedlab.lab.results import Run
 
-        return Run.of(self, interrupted=interrupted)
+        return Run.of(self, interrupted=interrupted, ended=ended)
 
     def close(self) -> None:
         """Give a leased executor back. May be called twice."""
@@ -137,6 +145,13 @@ def tokenise(requests: list[Request], executor: Any, *, content_ids: bool) -> li
     )
     ready = []
     for request in requests:
+        if isinstance(request.prompt, HashedPrompt):
+            if model is not None or size:
+                raise ConfigError(
+                    f"request {request.request_id!r} is known by hashes, not by tokens: simulate or replay it"
+                )
+            ready.append(request)
+            continue
         prompt = list(request.prompt)
         if request.text is not None and not prompt:
             prompt = encode(request.text)
@@ -165,8 +180,13 @@ def wait_briefly(seconds: float) -> None:
 
 
 def _ready(request: Request, sampling: SamplingParams | None, change: dict[str, Any], now: bool) -> Request:
-    wanted = replace(request.sampling if sampling is None else sampling, **change)
-    return replace(request, sampling=wanted, arrival=0.0 if now else request.arrival)
+    wanted = request.sampling if sampling is None else sampling
+    if change:
+        wanted = replace(wanted, **change)
+    arrival = 0.0 if now else request.arrival
+    if wanted is request.sampling and arrival == request.arrival:
+        return request
+    return replace(request, sampling=wanted, arrival=arrival)
 
 
 def _sampling_changes(change: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pagedlab.config import Config
-from pagedlab.engine.clock import StepClock, to_seconds
+from pagedlab.engine.clock import StepClock, VirtualClock, to_seconds
 from pagedlab.engine.engine import Engine
 from pagedlab.engine.sequence import Group
 from pagedlab.engine.sequence import Sequence as EngineSequence
@@ -17,6 +17,7 @@ from pagedlab.events import Event
 from pagedlab.lab import page
 from pagedlab.lab.environment import environment
 from pagedlab.lab.measures import MEMORY_KINDS, Columns, summarise
+from pagedlab.lab.steps import tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,6 +64,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """The tables of a run, as files of a saved one are called, and their columns."""
 
+_CLOCKS: dict[type, str] = {StepClock: "step", VirtualClock: "virtual"}
 _INTEGERS = ("parent_key",)
 _SHOWN = 6
 
@@ -90,14 +92,15 @@ class Run:
         """Workload, totals, versions, hardware, kernel and layout, as `save` writes them."""
 
     @classmethod
-    def of(cls, job: Job, *, interrupted: bool) -> Run:
-        """Return what ``job`` has done so far."""
+    def of(cls, job: Job, *, interrupted: bool, ended: bool = False) -> Run:
+        """Return what ``job`` has done so far. If it has ``ended`` for good, tables are built when asked for."""
         engine, executor = job.engine, job.executor
-        columns = _columns(engine, executor)
+        engine.tables()  # brings lengths up to date
+        columns = _columns(engine, executor, ended=ended)
         facts = {
             "workload": {"name": job.workload.name, "description": job.workload.description},
             "interrupted": interrupted,
-            "clock": "step" if isinstance(engine.clock, StepClock) else "wall",
+            "clock": _CLOCKS.get(type(engine.clock), "wall"),
             "has_text": executor.detokenize([]) is not None,
             "totals": {
                 "prompt_tokens": engine.totals.prompt_tokens,
@@ -266,61 +269,53 @@ def _used(executor: Any) -> dict[str, Any]:
     return used
 
 
-def _columns(engine: Engine, executor: Any) -> dict[str, Columns]:
-    sequences = [
-        (g, s) for g in engine.groups.values() for s in sorted(g.sequences, key=lambda s: s.sample_index)
-    ]
-    requests = _transpose(COLUMNS["requests"], (_request_row(g, s) for g, s in sequences))
-    said = (
-        {
-            "request_id": s.request_id,
-            "sample": s.sample_index,
-            "prompt": g.request.text,
-            "text": executor.detokenize(s.output) if s.text is None else s.text,
-            "tokens": list(s.output),
-        }
-        for g, s in sequences
-    )
-    steps = (
-        {
-            "step": r.step,
-            "start": to_seconds(r.start),
-            "duration": to_seconds(r.duration),
-            "running": r.num_running,
-            "waiting": r.num_waiting,
-            "prefill_tokens": r.prefill_tokens,
-            "decode_tokens": r.decode_tokens,
-            "moves": r.moves,
-            "preemptions": r.preemptions,
-        }
-        for r in engine.steps
-    )
-    pool = max(engine.cache.device.capacity * engine.config.block_size, 1)
-    memory = (
-        {
-            "step": r.step,
-            "time": to_seconds(r.start + r.duration),
-            **r.memory._asdict(),
-            **{f"{kind}_share": getattr(r.memory, kind) / pool for kind in _KINDS},
-        }
-        for r in engine.steps
-    )
-    events = engine.events.columns()
-    events["time"] = [to_seconds(t) for t in events["time"]]
-    return {
-        "requests": requests,
-        "steps": _transpose(COLUMNS["steps"], steps),
-        "events": events,
-        "memory": _transpose(COLUMNS["memory"], memory),
-        "outputs": _transpose(COLUMNS["outputs"], said),
-    }
+class _Tables(dict[str, Columns]):
+    """The tables of an engine's run, each built when it is first asked for."""
+
+    def __init__(self, engine: Engine, executor: Any) -> None:
+        super().__init__()
+        self._engine, self._executor = engine, executor
+        self._sequences = [
+            (g, s) for g in engine.groups.values() for s in sorted(g.sequences, key=lambda s: s.sample_index)
+        ]
+
+    def __missing__(self, table: str) -> Columns:
+        engine, executor = self._engine, self._executor
+        if table == "requests":
+            self[table] = _transpose(COLUMNS[table], (_request_row(g, s) for g, s in self._sequences))
+        elif table == "outputs":
+            said = (
+                {
+                    "request_id": s.request_id,
+                    "sample": s.sample_index,
+                    "prompt": g.request.text,
+                    "text": executor.detokenize(s.output) if s.text is None else s.text,
+                    "tokens": list(s.output),
+                }
+                for g, s in self._sequences
+            )
+            self[table] = _transpose(COLUMNS[table], said)
+        elif table == "events":
+            events = engine.events.columns()
+            events["time"] = [to_seconds(t) for t in events["time"]]
+            self[table] = events
+        else:
+            pool = max(engine.cache.device.capacity * engine.config.block_size, 1)
+            self["steps"], self["memory"] = tables(engine.steps, pool)
+        return self[table]
+
+
+def _columns(engine: Engine, executor: Any, *, ended: bool) -> dict[str, Columns]:
+    """Return a run's tables; of one that goes on, as they are now."""
+    built = _Tables(engine, executor)
+    return built if ended else {table: built[table] for table in COLUMNS}
 
 
 def _request_row(group: Group, seq: EngineSequence) -> dict[str, Any]:
     def since(start: int | None, end: int | None) -> float | None:
         return None if start is None or end is None else to_seconds(end - start)
 
-    n = len(seq.token_times)
+    n = seq.num_output
     refused = seq.finish_reason == "refused"
     return {
         "request_id": seq.request_id,
@@ -332,10 +327,10 @@ def _request_row(group: Group, seq: EngineSequence) -> dict[str, Any]:
         "arrival": to_seconds(group.arrival),
         "queue_time": since(group.arrival, seq.admitted_at),
         "ttft": since(group.arrival, seq.first_token_at),
-        "tpot": to_seconds(seq.token_times[-1] - seq.token_times[0]) / (n - 1) if n > 1 else None,
+        "tpot": None if n < 2 else since(seq.first_token_at, seq.last_token_at) / (n - 1),  # type: ignore[operator]
         "latency": None if refused else since(group.arrival, seq.finished_at),
         "prompt_tokens": seq.prompt_len,
-        "output_tokens": len(seq.output),
+        "output_tokens": seq.num_output,
         "hit_tokens": seq.hit_tokens,
         "recomputed_tokens": seq.recomputed_tokens,
         "preemptions": seq.num_preemptions,

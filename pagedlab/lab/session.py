@@ -70,6 +70,18 @@ def run(
         events=events,
         overrides=sampling_overrides,
     )
+    return drive(job, progress=progress, check=check)
+
+
+def drive(
+    job: Job,
+    *,
+    progress: Progress = None,
+    check: bool = False,
+    max_steps: int | None = None,
+    ended: bool = False,
+) -> Run:
+    """Step ``job`` to its end or to Ctrl-C, and return what there is. ``max_steps`` at once where time is virtual."""
     engine = job.engine
     watch = progress if callable(progress) else _bar(progress, job.workload.num_sequences)
     try:
@@ -78,12 +90,15 @@ def run(
                 if (idle := job.idle_seconds) > 0:
                     wait_briefly(idle)
                     continue
-                engine.step()
+                if max_steps is None:
+                    engine.step()
+                else:
+                    engine.run(max_steps)
                 if check:
                     engine.check()
                 if watch is not None:
                     watch(engine)
-            return job.result(interrupted=stop.asked and engine.has_work)
+            return job.result(interrupted=stop.asked and engine.has_work, ended=ended)
     finally:
         if isinstance(watch, _Bar):
             watch.close()

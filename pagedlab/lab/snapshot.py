@@ -51,7 +51,7 @@ def snapshot(engine: Engine) -> Snapshot:
     legend = dict(LEGEND)
     for seq in engine.running:
         code = colour_of(seq.seq_id)
-        filled = -(-seq.table.num_tokens // size)
+        filled = -(-seq.num_computed // size)
         for i, index in enumerate(seq.table.indices):
             if codes[index] != SHARED:
                 codes[index] = code if i < filled else RESERVED

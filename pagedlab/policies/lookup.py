@@ -19,8 +19,10 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import ClassVar, Literal, NamedTuple
 
+from pagedlab.errors import ConfigError
 from pagedlab.policies.base import Policy
 from pagedlab.policies.block import DEVICE, Block
+from pagedlab.policies.prompt import HashedPrompt, HashedTokens, private_id
 from pagedlab.registry import register
 
 
@@ -68,6 +70,73 @@ class Prefix:
         """Return the token ids of at least the first ``num_blocks`` full blocks, a tuple each."""
         self.keys(num_blocks)
         return self._contents
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def piece(self, start: int, stop: int) -> Sequence[int]:
+        """Return the token ids from ``start`` to ``stop``; nothing where only hashes are known."""
+        return self.tokens[start:stop]
+
+
+class HashedPrefix(Prefix):
+    """A prefix of which only the prompt's hashes are known; what is generated gets keys of its own and is never hit.
+
+    A block of the cache may be a hashed block, several of them, or an even part of one (the i-th part of hash h is
+    ``h * parts + i``). A chained hash stands for all before it, so it is the key as it is. A partial last hash, and
+    what follows in its block, is private.
+    """
+
+    __slots__ = ("_hashed",)
+
+    tokens: HashedTokens  # type: ignore[assignment]
+
+    def __init__(self, tokens: HashedTokens, block_size: int, salt: Hashable = None) -> None:
+        super().__init__(tokens, block_size, salt)  # type: ignore[arg-type]
+        prompt = tokens.prompt
+        size, ids = prompt.hash_block, prompt.hash_ids[: prompt.num_full]
+        if size == block_size:
+            known = list(ids)
+        elif size % block_size == 0:
+            parts = size // block_size
+            known = [h * parts + i for h in ids for i in range(parts)]
+        elif block_size % size == 0:
+            parts = block_size // size
+            known = list(ids[parts - 1 :: parts])
+        else:
+            raise ConfigError(
+                f"block_size {block_size} does not fit hashes of {size} tokens: one must be a multiple of the other"
+            )
+        if salt is not None:
+            start = salt_key(salt)
+            known = [hash((start, k)) for k in known]
+        self._hashed = known
+        self._keys = known
+        # One list is enough: what identifies a hashed block is its key.
+        self._contents = known  # type: ignore[assignment]
+
+    def keys(self, num_blocks: int) -> list[int]:
+        """Return keys of at least the first ``num_blocks`` blocks."""
+        keys, unique = self._keys, self.tokens.unique
+        while len(keys) < num_blocks:
+            keys.append(private_id(unique, len(keys)))
+        return keys
+
+    def piece(self, start: int, stop: int) -> Sequence[int]:
+        """Return nothing: no part of a block can be compared."""
+        return ()
+
+
+def make_prefix(tokens: list[int] | HashedTokens, block_size: int, salt: Hashable = None) -> Prefix:
+    """Return the prefix of a sequence, whose tokens are known or only hashed."""
+    if isinstance(tokens, HashedTokens):
+        return HashedPrefix(tokens, block_size, salt)
+    return Prefix(tokens, block_size, salt)
+
+
+def check_block_size(prompt: HashedPrompt, block_size: int) -> None:
+    """Raise `ConfigError` unless blocks of ``block_size`` tokens can be told apart by the prompt's hashes."""
+    HashedPrefix(HashedTokens(HashedPrompt((), 0, prompt.hash_block), 0), block_size)
 
 
 class Match(NamedTuple):
@@ -246,9 +315,9 @@ class RadixTree(Lookup):
             found.append(copies[0])
             parent = copies[0].serial
         start = len(found) * size
-        rest = prefix.tokens[start : min(start + size, max_tokens)]
+        rest = prefix.piece(start, min(start + size, max_tokens))
         best, partial = 0, None
-        for content, copies in self._children.get(parent, {}).items():
+        for content, copies in self._children.get(parent, {}).items() if rest else ():
             common = _common(content, rest)  # type: ignore[arg-type]
             if common > best:
                 best, partial = common, copies[0]
@@ -283,6 +352,8 @@ class RadixTree(Lookup):
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
     n = 0
+    if not isinstance(a, tuple):  # a hash
+        return 0
     for x, y in zip(a, b):
         if x != y:
             break

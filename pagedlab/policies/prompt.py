@@ -67,3 +67,36 @@ class HashedPrompt(Sequence[int]):
 
     def __repr__(self) -> str:
         return f"<{self.num_tokens} tokens as {len(self.hash_ids)} hashes of {self.hash_block}>"
+
+
+class HashedTokens:
+    """The tokens of a sequence whose prompt is hashed: it knows how many there are, and takes more.
+
+    Sliced, it shows content ids; what was generated has ids below zero, which no prompt shares.
+    """
+
+    __slots__ = ("generated", "prompt", "unique")
+
+    def __init__(self, prompt: HashedPrompt, unique: int, generated: int = 0) -> None:
+        self.prompt = prompt
+        self.unique = unique
+        """A number that no other sequence of the run has."""
+        self.generated = generated
+
+    def __len__(self) -> int:
+        return self.prompt.num_tokens + self.generated
+
+    def append(self, token: int) -> None:
+        """One more generated token, whatever it is."""
+        self.generated += 1
+
+    def __getitem__(self, at: slice) -> list[int]:
+        known = self.prompt.num_tokens
+        start, stop, _ = at.indices(len(self))
+        made = [private_id(self.unique, i - known) for i in range(max(start, known), stop)]
+        return self.prompt[start : min(stop, known)] + made
+
+
+def private_id(unique: int, i: int) -> int:
+    """Return a content id for the i-th thing that sequence ``unique`` generated: below zero, and nobody else's."""
+    return -2 - (unique << 32 | i)

@@ -6,9 +6,13 @@ returns how many tokens it granted (0: no room, no seat or no budget). A running
 may cost others theirs (slot `preemption`); a waiting one is only admitted into room that is there.
 
 `plan` returns how long its decision stands. None: one step, ask again; a policy that says nothing is never
-wrong. `UNTIL_EVENT`: grant the same sequences one token each until something happens (an arrival, a finish, a
-cancellation, a block shortage, a sequence that is preempted). The engine then repeats the decision without
-asking, and a simulator leaps.
+wrong. `UNTIL_EVENT`: grant the same sequences one token each, and nobody else, until something happens (an arrival,
+a finish, a cancellation, a block shortage, a sequence that is preempted). The engine then repeats the decision
+without asking, and a simulator leaps.
+
+A class that says ``steady_decode = True`` leaves decoding to the engine: every sequence whose prompt is done gets its
+one token each step before `plan` is asked, and ``step.running`` holds only the others. That is what iteration-level
+schedulers do anyway; said in one word, the engine need not look at every sequence in every step.
 """
 
 from __future__ import annotations
@@ -53,6 +57,10 @@ class Step(Protocol):
         """Sequences that hold blocks."""
 
     @property
+    def decoding(self) -> int:
+        """Sequences that decode without being asked for (``steady_decode``)."""
+
+    @property
     def waiting(self) -> Sequence[Schedulable]:
         """The queue, front first; preempted sequences return to the front."""
 
@@ -79,6 +87,7 @@ class Scheduler(Policy):
     """Contract: one pass over the sequences."""
 
     slot: ClassVar[str] = "scheduler"
+    steady_decode: ClassVar[bool] = False
 
     def reset(self) -> None:
         """Forget the last run."""
@@ -89,8 +98,10 @@ class Scheduler(Policy):
 
 
 def _decoding(step: Step) -> Decision:
-    """The decision stands if everyone decodes and nobody waits."""
-    return UNTIL_EVENT if not step.waiting and all(s.remaining == 1 for s in step.running) else None
+    """The decision stands if everyone decodes: whoever waits has just been refused, and is asked about again when a
+    sequence has left or joined.
+    """
+    return UNTIL_EVENT if all(s.remaining == 1 for s in step.running) else None
 
 
 @register("scheduler", "static-batch")
@@ -99,8 +110,10 @@ class StaticBatch(Scheduler):
     FasterTransformer).
     """
 
+    steady_decode: ClassVar[bool] = True
+
     def plan(self, step: Step) -> Decision:
-        if not step.running:
+        if not step.running and not step.decoding:
             for sequence in step.waiting:
                 if not step.grant(sequence, sequence.remaining, whole=True):
                     break
@@ -113,6 +126,8 @@ class StaticBatch(Scheduler):
 @register("scheduler", "iteration-level")
 class IterationLevel(Scheduler):
     """Admit and retire at every step, prompts whole (Orca, OSDI 2022)."""
+
+    steady_decode: ClassVar[bool] = True
 
     def plan(self, step: Step) -> Decision:
         for sequence in step.running:
@@ -128,6 +143,8 @@ class ChunkedPrefill(Scheduler):
     """Running sequences first, then prompts in chunks up to the token budget (Sarathi-Serve, OSDI 2024;
     vLLM).
     """
+
+    steady_decode: ClassVar[bool] = True
 
     max_chunk: int = param(8192, low=1, unit="tokens", help="longest piece of one prompt in one step")
 

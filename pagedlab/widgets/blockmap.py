@@ -128,7 +128,7 @@ def read_pool(engine: Engine, tier: int = DEVICE) -> tuple[Codes, Notes, dict[st
     for seq in (*engine.running, *engine.waiting):
         held = [b.index for b in seq.table.host_blocks] if tier else seq.table.indices
         if held:
-            filled = len(held) if tier else -(-seq.table.num_tokens // pool.block_size)
+            filled = len(held) if tier else -(-seq.num_computed // pool.block_size)
             codes[held[:filled]] = SEQUENCE + seq.seq_id % NUM_COLORS
             codes[held[filled:]] = CLAIMED
             notes[held] = seq.seq_id

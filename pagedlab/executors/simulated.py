@@ -1,0 +1,95 @@
+"""`SimulatedExecutor`: carries out a step's orders on paper. A cost model says how long they take, a script what is
+said.
+
+Outputs come from a run, from token lists, from a function, or, for a trace that knows lengths alone, from nowhere: then
+every request makes as many tokens as it may, and nobody can share them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+from pagedlab.costs.base import CostModel, StepWork
+from pagedlab.engine.orders import DEVICE, Move, StepOrders, StepResult
+from pagedlab.engine.request import Request
+from pagedlab.engine.script import Script
+from pagedlab.errors import ConfigError
+
+Outputs = Mapping[tuple[str, int], Script] | Callable[[Request, int], Script | Sequence[int]]
+"""Scripts by (request id, sample), or a function of the request and the sample that gives one (or its tokens)."""
+
+
+class SimulatedExecutor:
+    """Takes the place of a model. ``bytes_per_block`` is what a block weighs on the links between tiers."""
+
+    eos_token_ids: frozenset[int] = frozenset()
+
+    def __init__(
+        self,
+        cost: CostModel,
+        *,
+        outputs: Outputs | None = None,
+        max_model_len: int = 1 << 40,
+        bytes_per_token: int = 0,
+    ) -> None:
+        self.cost = cost
+        self.outputs = outputs
+        self.max_model_len = max_model_len
+        self.bytes_per_token = bytes_per_token
+        self.moved_bytes: dict[str, int] = {"to_host": 0, "to_device": 0}
+        """Bytes moved between tiers since `prepare`."""
+        self._transfer = 0
+        self._block_bytes = 0
+
+    def prepare(self, *, num_blocks: int, block_size: int, host_blocks: int, max_num_seqs: int) -> None:
+        """Forget the last run."""
+        self._block_bytes = block_size * self.bytes_per_token
+        self._transfer = 0
+        self.moved_bytes = {"to_host": 0, "to_device": 0}
+
+    def script(self, request: Request, sample_index: int, unique: int) -> Script:
+        """See `pagedlab.engine.orders.Scripted`."""
+        if self.outputs is None:
+            return Script(request.sampling.max_tokens, unique=unique)
+        if callable(self.outputs):
+            said = self.outputs(request, sample_index)
+        else:
+            try:
+                said = self.outputs[request.request_id, sample_index]
+            except KeyError:
+                raise ConfigError(
+                    f"the outputs know nothing of sample {sample_index} of request {request.request_id!r}"
+                ) from None
+        return said if isinstance(said, Script) else Script(len(said), said, "stop", unique)
+
+    def linear(self, work: StepWork) -> tuple[int, int] | None:
+        """See `pagedlab.costs.base.CostModel.linear`."""
+        return self.cost.linear(work)
+
+    def move(self, moves: deque[Move]) -> None:
+        """Note what goes over the links; copies within a tier cost nothing beside a step."""
+        up = down = 0
+        for move in moves:
+            if move.src_tier != move.dst_tier:
+                up, down = (up + 1, down) if move.dst_tier == DEVICE else (up, down + 1)
+        moves.clear()
+        self.moved_bytes["to_device"] += up * self._block_bytes
+        self.moved_bytes["to_host"] += down * self._block_bytes
+        # The link is full-duplex: what comes up and what goes down do not wait for each other.
+        if up or down:
+            self._transfer += self.cost.transfer_ps(max(up, down) * self._block_bytes, "host")
+
+    def execute(self, orders: StepOrders) -> StepResult:
+        """Return how long the step takes: transfers run beside the computation, layer by layer, and one that takes
+        longer is waited for.
+        """
+        self.move(orders.moves)
+        assert orders.work is not None
+        duration = max(self.cost.step_ps(orders.work), self._transfer)
+        self._transfer = 0
+        return StepResult([], duration_ps=duration)
+
+    def detokenize(self, tokens: Sequence[int]) -> str | None:
+        """No text."""
+        return None
