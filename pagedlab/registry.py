@@ -2,8 +2,11 @@
 
 A policy class is registered under ``(slot, name)`` by the decorator `register`, by an entry point of an
 installed package (group ``pagedlab.policies``, entry name ``slot.name``), or not at all: an object can always be
-passed where a name can. Built-ins register themselves when `pagedlab.policies` is imported; entry points are
-loaded one by one, when their name is first asked for.
+passed where a name can. Built-ins register themselves when their package is imported; entry points are loaded one
+by one, when their name is first asked for.
+
+Besides the ten decisions that a `Config` holds (`SLOTS`) there is slot ``cost``: a cost model is registered, made and
+listed in the same way, but decides nothing, so no configuration has one.
 """
 
 from __future__ import annotations
@@ -29,18 +32,21 @@ SLOTS: tuple[str, ...] = (
     "layout",
     "kernel",
 )
+"""The ten decisions, in the order of `Config`'s fields."""
 ENTRY_POINT_GROUP = "pagedlab.policies"
 
-_classes: dict[str, dict[str, type[Policy]]] = {slot: {} for slot in SLOTS}
+_HOMES: dict[str, str] = {**dict.fromkeys(SLOTS, "pagedlab.policies"), "cost": "pagedlab.costs"}
+"""Each slot's package, whose import registers the built-ins."""
+_classes: dict[str, dict[str, type[Policy]]] = {slot: {} for slot in _HOMES}
 _entry_points: dict[tuple[str, str], metadata.EntryPoint] | None = None
 
 P = TypeVar("P", bound="type[Policy]")
 
 
 def check_slot(slot: str) -> str:
-    """Return ``slot``, or raise `ConfigError` naming the ten that exist."""
-    if slot not in SLOTS:
-        raise ConfigError(f"no slot {slot!r}; the slots are {', '.join(SLOTS)}{nearest(slot, SLOTS)}")
+    """Return ``slot``, or raise `ConfigError` naming those that exist: the ten and ``cost``."""
+    if slot not in _HOMES:
+        raise ConfigError(f"no slot {slot!r}; the slots are {', '.join(_HOMES)}{nearest(slot, _HOMES)}")
     return slot
 
 
@@ -74,7 +80,7 @@ def _scan_entry_points() -> dict[tuple[str, str], metadata.EntryPoint]:
         _entry_points = {}
         for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
             slot, _, name = point.name.partition(".")
-            if slot in SLOTS and name:
+            if slot in _HOMES and name:
                 _entry_points[slot, name] = point
     return _entry_points
 
@@ -82,7 +88,7 @@ def _scan_entry_points() -> dict[tuple[str, str], metadata.EntryPoint]:
 def lookup_class(slot: str, name: str) -> type[Policy]:
     """Return the class registered under ``(slot, name)``, or raise `ConfigError` with the nearest names."""
     check_slot(slot)
-    import_module("pagedlab.policies")
+    import_module(_HOMES[slot])
     known = _classes[slot]
     if name not in known and (point := _scan_entry_points().get((slot, name))) is not None:
         register(slot, name)(point.load())
@@ -95,7 +101,7 @@ def lookup_class(slot: str, name: str) -> type[Policy]:
 def policy_names(slot: str) -> list[str]:
     """Return every selectable name of a slot, built-in, registered and installed, in alphabetical order."""
     check_slot(slot)
-    import_module("pagedlab.policies")
+    import_module(_HOMES[slot])
     return sorted(set(_classes[slot]) | {name for s, name in _scan_entry_points() if s == slot})
 
 
@@ -113,7 +119,10 @@ def make(slot: str, name: str, /, **params: Any) -> Policy:
 
 
 def list_policies(slot: str | None = None) -> list[dict[str, Any]]:
-    """One row per policy: ``slot``, ``name``, ``summary`` (first docstring line), ``params`` and ``default``."""
+    """One row per policy: ``slot``, ``name``, ``summary`` (first docstring line) and ``params``.
+
+    Without ``slot`` the ten decisions of a `Config`; ``list_policies("cost")`` lists the cost models.
+    """
     slots = SLOTS if slot is None else (check_slot(slot),)
     rows = []
     for s in slots:

@@ -114,8 +114,9 @@ class KVCache:
         protected = [b for b in guarded if b.tier == DEVICE]
         need = fresh + len(low)
         self.scattered = False
-        if not self.device.has_room(need + spare, protected) or not self.device.has_room(
-            need, protected, contiguous=True
+        device = self.device
+        if not device.has_room(need + spare, protected) or (
+            device.allocator.contiguous and not device.has_room(need, protected, contiguous=True)
         ):
             spare_blocks = self.device.num_free + self.device.num_cached
             self.scattered = self.device.allocator.contiguous and spare_blocks >= need + spare
@@ -155,12 +156,14 @@ class KVCache:
         table.num_tokens = match.num_tokens
         table.num_published = num_hits
         table.version += 1
+        logged = self.events.enabled
         if hits:
             table.parent, table.parent_key = hits[-1].serial, hits[-1].key
-            self.events.record(
-                ev.PREFIX_HIT, table.seq_id, [b.index for b in blocks], detail=f"{match.num_tokens} tokens"
-            )
-        if rest:
+            if logged:
+                self.events.record(
+                    ev.PREFIX_HIT, table.seq_id, [b.index for b in blocks], detail=f"{match.num_tokens} tokens"
+                )
+        if rest and logged:
             self.events.record(ev.BLOCKS_ALLOCATED, table.seq_id, [b.index for b in rest])
         self.hit_tokens += match.num_tokens
         self._tokens += match.num_tokens
@@ -293,7 +296,7 @@ class KVCache:
         table.parent, table.parent_key = parent, parent_key
         if self._await_any or (self._awaited and not self._awaited.isdisjoint(b.key for b in stored)):
             self.better_match = True
-        if stored:
+        if stored and self.events.enabled:
             self.events.record(
                 ev.BLOCK_STORED,
                 table.seq_id,
@@ -425,6 +428,8 @@ class KVCache:
         self._record_removed(blocks)
 
     def _record_removed(self, blocks: list[Block], medium: str = "device", detail: str = "") -> None:
+        if not self.events.enabled:
+            return
         self.events.record(
             ev.BLOCK_REMOVED,
             -1,

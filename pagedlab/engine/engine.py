@@ -127,7 +127,7 @@ class Engine:
         """
         if request.request_id in self.groups:
             raise ConfigError(f"request id {request.request_id!r} is used twice; ids must be unique")
-        if request.sampling.seed is None:
+        if request.sampling.seed is None and self._scripts is None:
             # Different for every request, the same in every run.
             seed = hash((self.config.seed, self._num_groups)) & (2**63 - 1)
             request = replace(request, sampling=replace(request.sampling, seed=seed))
@@ -267,7 +267,7 @@ class Engine:
         self._last_start = start + (count - 1) * duration + growth * ((count - 1) * (count - 2) // 2)
         self.events.time = self.clock.now()
         self.events.step += count - 1
-        self._commit(entries, result, start, num_moves, count, growth)
+        self._commit(entries, orders.work, result, start, num_moves, count, growth)
         self.events.step += 1
         if self.leaving and not self.has_work:
             self._let_go()
@@ -364,11 +364,12 @@ class Engine:
         self.cache.commit(seq.table, n)
 
     def _orders(self, entries: dict[Sequence, int]) -> StepOrders:
+        work = self._work(entries)
         if self._scripts is not None:
-            return StepOrders(self.events.step, self.cache.moves, [], self._ended, self._work(entries))
+            return StepOrders(self.events.step, self.cache.moves, [], self._ended, work)
         batch = [self._entry(seq, 1) for seq in self.decoders.members]
         batch += [self._entry(seq, n) for seq, n in entries.items()]
-        return StepOrders(self.events.step, self.cache.moves, batch, self._ended)
+        return StepOrders(self.events.step, self.cache.moves, batch, self._ended, work)
 
     def _entry(self, seq: Sequence, n: int) -> SequenceStep:
         start = seq.num_computed
@@ -410,7 +411,6 @@ class Engine:
         if self.undecided or (self.waiting and self.policies.prefetch.enabled):
             return alone
         decoders, work = self.decoders, orders.work
-        assert work is not None
         count = min(decoders.steps_to_boundary(), decoders.steps_to_end())
         if max_steps is not None:
             count = min(count, max_steps)
@@ -558,6 +558,7 @@ class Engine:
     def _commit(
         self,
         entries: dict[Sequence, int],
+        work: StepWork,
         result: StepResult,
         start: int,
         num_moves: int,
@@ -565,7 +566,7 @@ class Engine:
         growth: int,
     ) -> None:
         decoders, cache = self.decoders, self.cache
-        deciding, work = list(entries.items()), self._work(entries)
+        deciding = list(entries.items())
         batch = [] if self._scripts is not None else [*decoders.members, *entries]
         for i, reason in result.failures.items():
             seq = batch[i]

@@ -69,8 +69,8 @@ class StepOrders:
     batch: list[SequenceStep]
     ended: list[int] = field(default_factory=list)
     """Sequences whose rows an executor may forget: finished, cancelled or preempted since the last step."""
-    work: StepWork | None = None
-    """What the step has to do, in sums, for an executor that works by `scripts` (its ``batch`` is empty)."""
+    work: StepWork = field(default_factory=StepWork)
+    """The same in sums: all that a `Scripted` executor gets (its ``batch`` is empty)."""
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pagedlab.engine.engine import Engine
 
 
-_FRONT = 64
+_FRONT = 16
 """Waiting sequences that are copied for every plan; schedulers rarely look further."""
 
 
@@ -60,18 +60,14 @@ class Plan:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.running: ReadOnly[Sequence] = tuple(engine.undecided if engine.steady else engine.running)
+        """Who holds blocks and has to be asked for: everyone, or only those that the engine does not let decode."""
         self.budget = engine.config.max_num_batched_tokens
         self.entries: dict[Sequence, int] = {}
         self.lost: set[Sequence] = set()
         """Preempted while this plan was made."""
         self.admitted = False
         """Whether this plan has let anybody in."""
-
-    @cached_property
-    def running(self) -> ReadOnly[Sequence]:
-        """Who holds blocks and has to be asked for: everyone, or only those that the engine does not let decode."""
-        engine = self._engine
-        return tuple(engine.undecided if engine.steady else engine.running)
 
     @property
     def decoding(self) -> int:

@@ -85,7 +85,6 @@ class SimulatedExecutor:
         longer is waited for.
         """
         self.move(orders.moves)
-        assert orders.work is not None
         duration = max(self.cost.step_ps(orders.work), self._transfer)
         self._transfer = 0
         return StepResult([], duration_ps=duration)
