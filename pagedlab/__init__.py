@@ -34,9 +34,13 @@ if TYPE_CHECKING:
     from pagedlab.lab.grid import expand as expand
     from pagedlab.lab.live import Live as Live
     from pagedlab.lab.live import start as start
+    from pagedlab.lab.replay import MissRatioCurve as MissRatioCurve
+    from pagedlab.lab.replay import Replay as Replay
+    from pagedlab.lab.replay import replay as replay
     from pagedlab.lab.results import Run as Run
     from pagedlab.lab.saved import load_run as load_run
     from pagedlab.lab.session import run as run
+    from pagedlab.lab.simulate import simulate as simulate
     from pagedlab.registry import list_policies as list_policies
     from pagedlab.registry import make as make
     from pagedlab.registry import register as register
@@ -52,10 +56,12 @@ _HOME = {
     "Hints": "pagedlab.engine.request",
     "InvariantBroken": "pagedlab.errors",
     "Live": "pagedlab.lab.live",
+    "MissRatioCurve": "pagedlab.lab.replay",
     "ModelNotServed": "pagedlab.errors",
     "PRESETS": "pagedlab.config",
     "PagedLabError": "pagedlab.errors",
     "PolicyError": "pagedlab.errors",
+    "Replay": "pagedlab.lab.replay",
     "Request": "pagedlab.engine.request",
     "RequestTooLarge": "pagedlab.errors",
     "ResultsError": "pagedlab.errors",
@@ -69,7 +75,9 @@ _HOME = {
     "load_run": "pagedlab.lab.saved",
     "make": "pagedlab.registry",
     "register": "pagedlab.registry",
+    "replay": "pagedlab.lab.replay",
     "run": "pagedlab.lab.session",
+    "simulate": "pagedlab.lab.simulate",
     "start": "pagedlab.lab.live",
 }
 _MODULES = ("policies", "workloads", "errors", "widgets")

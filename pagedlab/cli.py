@@ -1,4 +1,4 @@
-"""The command line: ``pagedlab list | generate | compare | bench | demo | lab``.
+"""The command line: ``pagedlab list | generate | replay | compare | reproduce | data | bench | demo | lab``.
 
 What a person got wrong comes back as one line on stderr and exit code 2.
 """
@@ -12,7 +12,7 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -23,7 +23,7 @@ from pagedlab.errors import ConfigError, PagedLabError, nearest
 if TYPE_CHECKING:
     from pagedlab.config import Config
 
-BENCHMARKS = ("engine", "cache", "kernel")
+BENCHMARKS = ("engine", "cache", "kernel", "replay")
 _POOL = 512
 """Blocks of `generate`'s pool, unless told otherwise: room for a few sequences of 2,048 tokens."""
 
@@ -176,9 +176,96 @@ def generate(
 
 
 @app.command()
+def replay(
+    trace: Annotated[
+        str,
+        typer.Argument(
+            help="A trace file or the name of a workload; FILE.txt[.gz] with one id a line is a plain stream."
+        ),
+    ],
+    eviction: Annotated[
+        str, typer.Option(metavar="A,B,...", help="Eviction policies; belady is the bound.")
+    ] = "lru,belady",
+    num_blocks: Annotated[
+        str, typer.Option(metavar="N,M,...", help="Sizes of the cache in blocks.")
+    ] = "5000",
+    semantics: Annotated[
+        str, typer.Option(help="prefix: as a serving engine counts; plain: every access alone.")
+    ] = "prefix",
+    touch_order: Annotated[
+        str, typer.Option(help="Order of a request's accesses for plain: prefix_first or tail_first.")
+    ] = "prefix_first",
+    block_size: BlockSize = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Only the trace's first N requests.")] = None,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Write the curve as a picture.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Replay a trace's block accesses against one cache, without an engine: miss ratios per policy and size."""
+    from pagedlab.lab import page
+    from pagedlab.lab.accesses import read_trace
+    from pagedlab.lab.replay import MissRatioCurve, Semantics, TouchOrder
+    from pagedlab.lab.replay import replay as replay_trace
+    from pagedlab.workloads import Workload
+
+    given: str | Workload | list[int] = trace
+    if requests is not None:
+        read = read_trace(trace)
+        given = read.head(requests) if isinstance(read, Workload) else read[:requests]
+    curve = replay_trace(
+        given,
+        [name.strip() for name in eviction.split(",")],
+        [_whole(n, "--num-blocks") for n in num_blocks.split(",")],
+        semantics=cast("Semantics", semantics),
+        touch_order=cast("TouchOrder", touch_order),
+        block_size=block_size,
+    )
+    assert isinstance(curve, MissRatioCurve)
+    if plot is not None:
+        try:
+            curve.plot().savefig(plot)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{plot}: cannot be written: {error}") from None
+    counted = curve.trace
+    if json:
+        _print_json(
+            "replay",
+            curve.rows,
+            trace=counted.name,
+            semantics=semantics,
+            touch_order=touch_order,
+            block_size=counted.block_size,
+            accesses=counted.total,
+            unique=counted.unique,
+            interrupted=curve.interrupted,
+        )
+        return
+    typer.echo(f"{counted.name}: miss ratio of {counted.total:,} block accesses ({semantics})")
+    _print_table(*curve.table(digits=6))
+    ever = page.percent(1 - counted.unique / counted.total)
+    typer.echo(f"{counted.unique:,} different blocks: a cache without end would hit {ever} of the accesses.")
+    if plot is not None:
+        typer.echo(f"figure: {plot}")
+    if curve.interrupted:
+        typer.echo("Interrupted: these are the caches that were finished.")
+
+
+def _whole(text: str, option: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{option} takes whole numbers, as in 5000,10000, not {text!r}") from None
+
+
+@app.command()
 def compare(
-    workload: Annotated[str, typer.Argument(help="chat, mixed-lengths, parallel-samples or shared-prefix.")],
-    how: Annotated[str, typer.Option(help="run: with a real model.")] = "run",
+    workload: Annotated[
+        str, typer.Argument(help="A workload (chat, mixed-lengths, ...), a trace or its file.")
+    ],
+    how: Annotated[
+        str, typer.Option(help="run: with a real model; simulate: with a cost model on a virtual clock.")
+    ] = "run",
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -192,12 +279,21 @@ def compare(
         str | None, typer.Option(metavar="PRESET|FILE", help="The configuration to vary.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help='"tiny", a model folder or a hub name [default: tiny].')
+        str | None,
+        typer.Option(
+            help='"tiny", a model folder or a hub name [default: tiny]; to simulate, a name of the catalogue.'
+        ),
+    ] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="To simulate: a name of the catalogue (h100, l4, ...).")
     ] = None,
     num_blocks: NumBlocks = None,
     block_size: BlockSize = None,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Tokens computed in one step at most.")
+    ] = None,
     requests: Annotated[int | None, typer.Option(help="Only the workload's first N requests.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="New tokens per request at most [default: the workload's].")
@@ -215,7 +311,11 @@ def compare(
 
     if how not in HOW:
         raise ConfigError(f"--how must be one of {', '.join(HOW)}, not {how!r}")
-    given = workloads.load(workload, seed=seed)
+    if how == "run" and hardware is not None:
+        raise ConfigError("--hardware belongs to --how simulate")
+    generated = workload in {row["name"] for row in workloads.list_workloads()}
+    seeded: dict[str, Any] = {"seed": seed} if generated else {}
+    given = workloads.load(workload, **seeded)
     if requests is not None:
         given = given.head(requests)
     sizes = {
@@ -223,9 +323,16 @@ def compare(
         "block_size": block_size,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
     }
-    configs = _grid(preset, config, model, sizes, set_)
-    comparison = compare_configs(configs, given, how=how, max_tokens=max_tokens)
+    options: dict[str, Any] = {"max_tokens": max_tokens}
+    if how == "simulate":
+        fit = (
+            "fit" if num_blocks is None and not any(v.startswith("num_blocks=") for v in set_ or ()) else None
+        )
+        options |= {"model": model, "hardware": hardware, "num_blocks": fit, "events": False}
+    configs = _grid(preset, config, model if how == "run" else None, sizes, set_)
+    comparison = compare_configs(configs, given, how=how, **options)
     if report is not None:
         comparison.to_html(report)
     if json:
@@ -243,9 +350,97 @@ def compare(
         typer.echo(f"report: {report}")
 
 
+reproduce_app = typer.Typer(help="Published measurements, reproduced.", no_args_is_help=True)
+app.add_typer(reproduce_app, name="reproduce")
+
+
+@reproduce_app.command("vllm-run")
+def reproduce_vllm_run(
+    folder: Annotated[str, typer.Argument(help="The run: requests.jsonl, timeseries.csv, meta.json.")],
+    workload: Annotated[
+        str, typer.Option("--workload", help="Its requests with token ids: a file or a name.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="The catalogue's name for its model [default: the run's own].")
+    ] = None,
+    hardware: Annotated[str, typer.Option(help="The catalogue's name for its card.")] = "rtx-pro-6000",
+    fit_on: Annotated[int, typer.Option(help="Requests whose measurements the fit may read.")] = 100,
+    num_blocks: NumBlocks = None,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Draw running and waiting over the measured ones.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Fit a cost model to the first requests of a real vLLM run, and simulate all of it."""
+    from pagedlab.lab.vllm_run import reproduce
+
+    done = reproduce(folder, workload, model=model, hardware=hardware, fit_on=fit_on, num_blocks=num_blocks)
+    if plot is not None:
+        try:
+            done.plot().savefig(plot)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{plot}: cannot be written: {error}") from None
+    if json:
+        result = done.as_dict()
+        _print_json("reproduce vllm-run", result, error=result["error"])
+        return
+    typer.echo(f"{done.run.model}, {len(done.run.requests)} requests: simulated against measured")
+    _print_table(*done.table())
+    typer.echo(f"prefix hits: {done.hit_tokens:,} of {done.prompt_tokens:,} prompt tokens")
+    typer.echo(
+        f"fit on the first {done.fitted_on}: {done.fit.simulations} simulations in {done.fit.seconds:.1f} s; "
+        f"one simulation of the run: {done.seconds:.2f} s"
+    )
+    typer.echo(f"{done.fit.cost}")
+
+
+data_app = typer.Typer(help="Published traces: which are known, and fetching them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("list")
+def data_list(json: Json = False) -> None:
+    """List the published traces: which are here, where, under which licence, and where they come from."""
+    from pagedlab.workloads.data import list_data
+
+    rows = list_data()
+    if json:
+        _print_json("data list", rows)
+        return
+    headings = ["trace", "what it is", "size", "where", "licence", "source"]
+    _print_table(
+        headings,
+        [
+            [
+                r["name"],
+                r["summary"],
+                "—" if r["size"] is None else f"{r['size'] / 1e6:.1f} MB",
+                r["where"] or (f"pagedlab data fetch {r['name']}" if r["fetch"] else "not here"),
+                r["licence"],
+                r["source"].removeprefix("https://"),
+            ]
+            for r in rows
+        ],
+    )
+
+
+@data_app.command("fetch")
+def data_fetch(
+    name: Annotated[str, typer.Argument(help="A trace of `pagedlab data list`.")],
+    to: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder to put it into [default: the download cache].")
+    ] = None,
+) -> None:
+    """Fetch a trace from its authors' repository and check its SHA-256. What is there already is not fetched again."""
+    from pagedlab.workloads.data import fetch
+
+    path, fetched = fetch(name, to, progress=sys.stderr.isatty())
+    typer.echo(f"{path}{'' if fetched else ' (was there)'}")
+
+
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="engine, cache or kernel.")],
+    name: Annotated[str, typer.Argument(help="engine, cache, kernel or replay.")],
     json: Json = False,
 ) -> None:
     """Measure one part against what else there is, in one process, alternating."""

@@ -93,6 +93,9 @@ class Config:
     async_scheduling: bool = False
     """Plan each step while the one before it runs (vLLM's default): arrivals are seen a step later, and the seats and
     blocks of who ends come free a step later."""
+    wait_for_prefix: bool = False
+    """Hold a request back while the next block of its prefix is being computed for another one, so that requests that
+    come together share what they have in common."""
     prefetch_budget: int = 64
     """Blocks that prefetch may move in one step."""
     seed: int = 0
@@ -138,7 +141,7 @@ class Config:
             or not 0 <= self.watermark < 1
         ):
             raise ConfigError(f"watermark must be a share from 0 to below 1, not {self.watermark!r}")
-        for name in ("null_block", "async_scheduling"):
+        for name in ("null_block", "async_scheduling", "wait_for_prefix"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.null_block and self.num_blocks < 2:

@@ -197,12 +197,12 @@ class Bug:
 
 BUGS = [
     Bug("a fork does not count itself", KVCache, "fork", "self.device.share(block)", "pass", "walks"),
-    Bug("lru may name a block in use", LRU, "hit", "self._order.pop(block, None)", "pass", "lru in use"),
+    Bug("lru may name a block in use", LRU, "hit", "if block in self._order:", "if False:", "lru in use"),
     Bug(
         "a simple policy may name a block in use",
         Eviction,
         "hit",
-        "self._scores.pop(block, None)",
+        "self._released.pop(block, None)",
         "pass",
         "lfu in use",
     ),
@@ -365,7 +365,7 @@ BUGS = [
         "an evicted block can still be found",
         KVCache,
         "_device_evicted",
-        "forget(block)",
+        "self.lookup.forget_all(blocks)",
         "pass",
         "walks",
     ),

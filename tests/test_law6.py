@@ -257,3 +257,13 @@ def test_the_number_of_steps_to_an_arrival(gap: int, first: int, growth: int) ->
     assert n * first + growth * (n * (n - 1) // 2) >= gap
     n -= 1
     assert n == 0 or n * first + growth * (n * (n - 1) // 2) < gap
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_requests_that_come_together_share_their_prefix_if_they_wait_for_it(wait: bool) -> None:
+    requests = [
+        Request(request_id=str(i), prompt=[*range(100), 200 + i], sampling=SamplingParams(max_tokens=4))
+        for i in range(3)
+    ]
+    engine = simulated(Config(wait_for_prefix=wait, block_size=4), requests, None, StepClock(), skip=True)
+    assert [s.hit_tokens for s in sorted(engine.finished, key=lambda s: s.seq_id)] == [0, *[100 * wait] * 2]

@@ -91,7 +91,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.keys += 1
             self.time += 1
             block.key = self.keys
-            self.pool.store(block, self.time)
+            self.pool.store([block], self.time)
 
     @rule(pick=PICK)
     def drop(self, pick: Random) -> None:
@@ -148,7 +148,7 @@ def pool(num_blocks: int = 6, allocator: str = "free-list", eviction: str = "lru
 def publish(p: BlockPool, blocks: list[Block]) -> None:
     for block in blocks:
         block.key = block.index
-        p.store(block, 0)
+        p.store([block], 0)
 
 
 @pytest.mark.parametrize("allocator", servable("allocator"))

@@ -111,7 +111,7 @@ class KVCache:
         fresh = max(-(-claim // size), num_hits + (match.partial is not None)) - num_hits
         low = [b for b in hits if b.tier] if self.host is not None else []
         guarded = hits if match.partial is None else [*hits, match.partial]
-        protected = [b for b in guarded if b.tier == DEVICE]
+        protected = guarded if self.host is None else [b for b in guarded if b.tier == DEVICE]
         need = fresh + len(low)
         self.scattered = False
         device = self.device
@@ -124,7 +124,7 @@ class KVCache:
 
         now = self.events.time
         self._observe(table, guarded, readmitted)
-        host_pins = [b for b in guarded if b.tier]
+        host_pins = [] if self.host is None else [b for b in guarded if b.tier]
         for block in host_pins:
             self.host.share(block)  # type: ignore[union-attr]
         for block in protected:
@@ -161,7 +161,10 @@ class KVCache:
             table.parent, table.parent_key = hits[-1].serial, hits[-1].key
             if logged:
                 self.events.record(
-                    ev.PREFIX_HIT, table.seq_id, [b.index for b in blocks], detail=f"{match.num_tokens} tokens"
+                    ev.PREFIX_HIT,
+                    table.seq_id,
+                    [b.index for b in blocks],
+                    detail=f"{match.num_tokens} tokens",
                 )
         if rest and logged:
             self.events.record(ev.BLOCKS_ALLOCATED, table.seq_id, [b.index for b in rest])
@@ -184,6 +187,8 @@ class KVCache:
                 if prefetched and block in prefetched:
                     prefetched.discard(block)
                     self._on_prefetch_fate(block, "useful")
+        if type(self.device.eviction).miss is Eviction.miss:  # it does not care
+            return
         prefix = table.prefix
         num_full = len(prefix) // self.block_size
         miss = self.device.eviction.miss
@@ -206,7 +211,7 @@ class KVCache:
             return target
         if published.displaced is not None:
             self._displace(published.displaced)
-        self.device.store(target, now)
+        self.device.store((target,), now)
         target.hits = source.hits
         return target
 
@@ -270,30 +275,34 @@ class KVCache:
             self._publish(table, full)
 
     def _publish(self, table: BlockTable, full: int) -> None:
-        prefix, publish, store = table.prefix, self.lookup.publish, self.device.store
-        keys, contents = prefix.keys(full), prefix.contents(full)
-        now = self.events.time
-        first_parent = table.parent_key
-        stored: list[Block] = []
-        parent, parent_key = table.parent, table.parent_key
-        for i in range(table.num_published, full):
-            block = table.blocks[i]
-            block.key = key = keys[i]
-            block.parent, block.parent_key, block.content = parent, parent_key, contents[i]
-            block.depth, block.salt = i * self.block_size, prefix.salt
-            serial, indexed, displaced = publish(block)
-            if indexed:
-                block.serial = serial
-                block.session, block.request_class = table.session, table.request_class
-                if displaced is not None:
-                    self._displace(displaced)
-                store(block, now)
-                stored.append(block)
-            else:
-                block.key = None
-            parent, parent_key = serial, key
+        first, prefix, size = table.num_published, table.prefix, self.block_size
+        keys, contents, salt = prefix.keys(full), prefix.contents(full), prefix.salt
+        session, request_class = table.session, table.request_class
+        blocks = table.blocks[first:full]
+        parent_key = first_parent = table.parent_key
+        depth = first * size
+        for i, block in enumerate(blocks, first):
+            block.parent_key = parent_key
+            block.key = parent_key = keys[i]
+            block.content = contents[i]
+            block.depth, block.salt = depth, salt
+            block.session, block.request_class = session, request_class
+            depth += size
+        special = self.lookup.publish_chain(blocks, table.parent)
         table.num_published = full
-        table.parent, table.parent_key = parent, parent_key
+        table.parent, table.parent_key = blocks[-1].serial, parent_key
+        stored, done, now = blocks, 0, self.events.time
+        if special:
+            for i, answer in special:
+                # What makes way may be one of these very blocks, so all before it are in first.
+                self.device.store(blocks[done:i], now)
+                if answer.displaced is not None:
+                    self._displace(answer.displaced)
+                done = i
+                if not answer.indexed:
+                    blocks[i].key, done = None, i + 1
+            stored = [b for b in blocks if b.key is not None]
+        self.device.store(blocks[done:] if done else blocks, now)
         if self._await_any or (self._awaited and not self._awaited.isdisjoint(b.key for b in stored)):
             self.better_match = True
         if stored and self.events.enabled:
@@ -416,15 +425,16 @@ class KVCache:
     # ---- evicting ----------------------------------------------------------------------------------------------
 
     def _device_evicted(self, blocks: list[Block]) -> None:
-        forget, prefetched = self.lookup.forget, self._prefetched
-        keep = self.host is not None
-        for block in blocks:
-            if prefetched and block in prefetched:
-                prefetched.discard(block)
-                self._on_prefetch_fate(block, "useless")
-            if keep and self.swap.store(block):
-                self._keep_on_host(block)
-            forget(block)
+        if self._prefetched or self.host is not None:
+            for block in blocks:
+                if block in self._prefetched:
+                    self._prefetched.discard(block)
+                    self._on_prefetch_fate(block, "useless")
+                if self.host is not None and self.swap.store(block):
+                    self._keep_on_host(block)
+                self.lookup.forget(block)
+        else:
+            self.lookup.forget_all(blocks)
         self._record_removed(blocks)
 
     def _record_removed(self, blocks: list[Block], medium: str = "device", detail: str = "") -> None:
@@ -457,7 +467,7 @@ class KVCache:
         copy.serial = block.serial
         if published.indexed:
             self.moves.append(Move(DEVICE, block.index, HOST, copy.index))
-            host.store(copy, now)
+            host.store((copy,), now)
             copy.hits = block.hits
             self.events.record(
                 ev.BLOCK_STORED, -1, (copy.index,), (block.key or 0,), block.parent_key, medium="host"
@@ -467,8 +477,7 @@ class KVCache:
         host.drop(taken, now)
 
     def _host_evicted(self, blocks: list[Block]) -> None:
-        for block in blocks:
-            self.lookup.forget(block)
+        self.lookup.forget_all(blocks)
         self._record_removed(blocks, "host")
 
     # ---- accounting --------------------------------------------------------------------------------------------

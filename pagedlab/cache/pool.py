@@ -60,7 +60,7 @@ class BlockPool:
 
     def has_room(self, n: int, protected: Collection[Block] = (), *, contiguous: bool = False) -> bool:
         """Whether `take` would succeed. ``protected`` cached blocks cannot be evicted. Changes nothing."""
-        spare = self.num_cached - sum(1 for b in protected if b.ref_count == 0)
+        spare = self.num_cached - [b.ref_count for b in protected].count(0)
         if self.allocator.num_free + spare < n:
             return False
         if not contiguous or not self.allocator.contiguous or n < 2:
@@ -127,12 +127,13 @@ class BlockPool:
                     f"eviction {type(self.eviction).__name__} named {block!r}, which it must not"
                 )
         self._on_evict(victims)
-        remove = self.eviction.remove
+        self.eviction.remove_all(victims)
+        indices = []
         for block in victims:
-            remove(block)
             block.key = None
+            indices.append(block.index)
         self.num_cached -= n
-        self.allocator.free([block.index for block in victims])
+        self.allocator.free(indices)
 
     def share(self, block: Block) -> None:
         """One more holder of a block that is in use or cached."""
@@ -142,29 +143,37 @@ class BlockPool:
             self.saved_tokens += block.fill
         block.ref_count += 1
 
-    def store(self, block: Block, now: int) -> None:
-        """The block in use can be found from now on (key, serial and content are set)."""
-        self._born += 1
-        block.born = self._born
-        block.created = now
-        block.hits = 0
-        block.fill = self.block_size
-        self.eviction.insert(block)
+    def store(self, blocks: Sequence[Block], now: int) -> None:
+        """The blocks, in use, can be found from now on (key, serial and content are set)."""
+        born, fill = self._born, self.block_size
+        for block in blocks:
+            born += 1
+            block.born = born
+            block.created = now
+            block.hits = 0
+            block.fill = fill
+        self._born = born
+        if type(self.eviction).insert is not Eviction.insert:  # many do not care
+            insert = self.eviction.insert
+            for block in blocks:
+                insert(block)
 
     def drop(self, blocks: Sequence[Block], now: int) -> None:
         """One holder less of each block, in this order; those that nobody holds become cached or free."""
         free: list[int] = []
-        release = self.eviction.release
+        cached: list[Block] = []
         for block in blocks:
-            block.ref_count -= 1
-            if block.ref_count:
+            block.ref_count = left = block.ref_count - 1
+            if left:
                 self.saved_tokens -= block.fill
             elif block.key is not None:
                 block.last_released = now
-                self.num_cached += 1
-                release(block)
+                cached.append(block)
             else:
                 free.append(block.index)
+        if cached:
+            self.num_cached += len(cached)
+            self.eviction.release_all(cached)
         if free:
             self.allocator.free(free)
 

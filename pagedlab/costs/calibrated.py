@@ -1,4 +1,6 @@
-"""`Calibrated`: what a step costs by coefficients that were measured, and how they move to another card or model."""
+"""`Calibrated`: what a step costs by coefficients that were measured, and how they move to another card or
+model.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +27,23 @@ class Calibrated(LinearCost):
 
         t = c0 + knee(w, c1 T) + c2 T + c3 C + c4 A + c5 D + c6 [P > 0]
 
-    ``w`` is reading the weights (of a mixture of experts ``expert_share`` of it grows with the experts reached), ``c1``
-    compute and ``c2`` all-reduce per token, ``c3`` reading keys and values, ``c4`` attention of the chunks, ``c5``
-    whatever a decoding sequence adds, logits included, and ``c6`` what any step with prefill pays.
+    ``w`` is reading the weights (of a mixture of experts ``expert_share`` of it grows with the experts
+    reached), ``c1`` compute and ``c2`` all-reduce per token, ``c3`` reading keys and values, ``c4`` attention
+    of the chunks, ``c5`` whatever a decoding sequence adds, logits included, and ``c6`` what any step with
+    prefill pays.
 
-    The defaults are in the neighbourhood of Llama-3.1-8B in bfloat16 on an RTX PRO 6000 under vLLM 0.19. Other starting
-    points: `prior`, `scaled`, and `pagedlab.costs.fitting.fit_steps`.
+    The defaults are round numbers of the order of an 8 B model on one workstation card, fitted to nothing.
+    Other starting points: `prior`, `scaled`, and `pagedlab.costs.fitting.fit_steps`.
     """
 
-    c0: float = param(2.9, low=0.0, high=_HIGH, help="what every step takes", unit="ms")
-    w: float = param(9.4, low=0.0, high=_HIGH, help="reading all weights", unit="ms")
-    c1: float = param(32.8, low=0.0, high=_HIGH, help="compute per token", unit="µs")
+    c0: float = param(3.0, low=0.0, high=_HIGH, help="what every step takes", unit="ms")
+    w: float = param(10.0, low=0.0, high=_HIGH, help="reading all weights", unit="ms")
+    c1: float = param(30.0, low=0.0, high=_HIGH, help="compute per token", unit="µs")
     c2: float = param(0.0, low=0.0, high=_HIGH, help="all-reduces per token (tensor parallelism)", unit="µs")
-    c3: float = param(82.0, low=0.0, high=_HIGH, help="reading one token of decoding context", unit="ns")
-    c4: float = param(2.1, low=0.0, high=_HIGH, help="one query-key pair of a prompt chunk", unit="ns")
-    c5: float = param(3.0, low=0.0, high=_HIGH, help="one decoding sequence beside its keys", unit="µs")
-    c6: float = param(10.9, low=0.0, high=_HIGH, help="what a step with prefill takes more", unit="ms")
+    c3: float = param(100.0, low=0.0, high=_HIGH, help="reading one token of decoding context", unit="ns")
+    c4: float = param(2.0, low=0.0, high=_HIGH, help="one query-key pair of a prompt chunk", unit="ns")
+    c5: float = param(5.0, low=0.0, high=_HIGH, help="one decoding sequence beside its keys", unit="µs")
+    c6: float = param(5.0, low=0.0, high=_HIGH, help="what a step with prefill takes more", unit="ms")
     knee: str = param(
         "max", choices=("max", "hypot"), help="how w and c1 T become one: the larger, or softly"
     )
@@ -94,8 +97,8 @@ class Calibrated(LinearCost):
     def from_roofline(cls, roofline: Roofline) -> Self:
         """Return what the catalogue says in this form.
 
-        The output head is counted with the weights, and its logits with the decoding sequences, so the two models
-        differ slightly in steps that sample little or very much.
+        The output head is counted with the weights, and its logits with the decoding sequences, so the two
+        models differ slightly in steps that sample little or very much.
         """
         t = roofline.terms()
         rate, latency = roofline.links()["host"]
@@ -140,13 +143,13 @@ class Calibrated(LinearCost):
     ) -> Self:
         """Return these coefficients moved to another model and card by the ratios of the catalogue.
 
-        Each is multiplied by what the rooflines say of both sides: ``w`` by bytes of weights over bandwidth, ``c1`` and
-        ``c4`` by FLOPs over compute, ``c3`` by bytes of cache over bandwidth, ``c0`` and ``c6`` by the layers' host
-        constants, ``c2`` by all-reduced bytes over the link. A coefficient that is 0 here and in the roofline it comes
-        from (all-reduces, on one accelerator) is taken from the roofline it goes to. ``bandwidth_ratio`` and
-        ``compute_ratio`` (new over old) replace the datasheets' where they have been measured: slopes differ less than
-        datasheets promise. ``roofline`` sets further parameters of both rooflines. Moving to the same place changes
-        nothing.
+        Each is multiplied by what the rooflines say of both sides: ``w`` by bytes of weights over bandwidth,
+        ``c1`` and ``c4`` by FLOPs over compute, ``c3`` by bytes of cache over bandwidth, ``c0`` and ``c6`` by
+        the layers' host constants, ``c2`` by all-reduced bytes over the link. A coefficient that is 0 here
+        and in the roofline it comes from (all-reduces, on one accelerator) is taken from the roofline it goes
+        to. ``bandwidth_ratio`` and ``compute_ratio`` (new over old) replace the datasheets' where they have
+        been measured: slopes differ less than datasheets promise. ``roofline`` sets further parameters of
+        both rooflines. Moving to the same place changes nothing.
         """
         old = type(self).prior(from_model, from_hardware, from_tp, **roofline)
         new = type(self).prior(to_model, to_hardware, to_tp, **roofline)
@@ -175,7 +178,9 @@ class Calibrated(LinearCost):
     # ---- as a vector, for fits that have to simulate ---------------------------------------------------------------
 
     def to_vector(self) -> list[float]:
-        """Return the natural logarithms of `VECTOR`'s coefficients, each in its unit; zero becomes log(`FLOOR`)."""
+        """Return the natural logarithms of `VECTOR`'s coefficients, each in its unit; zero becomes
+        log(`FLOOR`).
+        """
         return [log(max(getattr(self, name), self.FLOOR)) for name in self.VECTOR]
 
     @classmethod
@@ -241,7 +246,9 @@ class Calibrated(LinearCost):
 
 
 def _correction(published: float, measured: float | None) -> float:
-    """Return the factor that turns a time scaled by the ``published`` ratio of rates into one by the measured."""
+    """Return the factor that turns a time scaled by the ``published`` ratio of rates into one by the
+    measured.
+    """
     if measured is None:
         return 1.0
     if not measured > 0:

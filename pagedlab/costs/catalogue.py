@@ -6,8 +6,8 @@
 >>> pool_blocks(find_model("llama-3.1-8b"), find_hardware("h100"), block_size=16)
 28182
 
-Every entry names its source. Compute is dense bfloat16 with float32 accumulation: figures "with sparsity" are twice
-that and reached by no model here. Rates are bytes per second in one direction.
+Every entry names its source. Compute is dense bfloat16 with float32 accumulation: figures "with sparsity" are
+twice that and reached by no model here. Rates are bytes per second in one direction.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ GIB = 2**30
 class Hardware:
     """One accelerator and the host it sits in.
 
-    No datasheet names the last four figures. Their defaults are what two runs of vLLM 0.19 on RTX PRO 6000 suggest
-    (Llama-3.1-8B on one card, Qwen3-32B on two); they belong to host and engine rather than to the card, so every entry
-    has them until somebody measures it.
+    No datasheet names the last four figures. Their defaults are orders of magnitude, fitted to no run; they belong
+    to host and engine rather than to the card, so every entry has them until somebody measures it.
     """
 
     name: str
@@ -56,8 +55,9 @@ class Hardware:
     interconnect: float
     """Bytes per second to other accelerators, one direction, as published."""
     interconnect_share: float
-    """Share of ``interconnect`` that an all-reduce gets: 0.8 over NVLink or Infinity Fabric; 0.25 over PCIe, which is
-    what two RTX PRO 6000 reached (16 of 64 GB/s).
+    """Share of ``interconnect`` that an all-reduce gets: 0.8 over NVLink or Infinity Fabric; 0.25 over PCIe,
+    where cards without peer access send every byte up into host memory and down again, and both directions at
+    once.
     """
     host_link: float
     """Bytes per second between host memory and the accelerator, one direction, as published."""
@@ -65,12 +65,16 @@ class Hardware:
     """Seconds before the first byte of a copy to or from the host."""
     allreduce_latency_s: float = 20e-6
     """Seconds that an all-reduce takes beside its bytes."""
-    step_overhead_s: float = 1e-3
+    step_overhead_s: float = 2e-3
     """Seconds of a step outside the model: scheduling, sampling, handing over."""
-    layer_overhead_s: float = 60e-6
-    """Seconds a layer takes beyond its bytes and FLOPs, replayed from a captured graph."""
-    prefill_layer_overhead_s: float = 340e-6
-    """Seconds more a layer takes in a step with prefill, whose kernels are launched one by one."""
+    layer_overhead_s: float = 30e-6
+    """Seconds a layer takes beyond its bytes and FLOPs, replayed from a captured graph: some ten kernels,
+    each a few microseconds from full speed. An order of magnitude, to be fitted.
+    """
+    prefill_layer_overhead_s: float = 150e-6
+    """Seconds more a layer takes in a step with prefill: some fifteen kernels launched one by one, at ten
+    microseconds each. An order of magnitude, to be fitted.
+    """
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -354,7 +358,9 @@ def _key(name: str) -> str:
 
 
 def _model_keys(name: str) -> list[str]:
-    """Return what to look for: the name without its owner, then without the endings of fine-tuned variants."""
+    """Return what to look for: the name without its owner, then without the endings of fine-tuned
+    variants.
+    """
     key = _key(name.rsplit("/", 1)[-1])
     keys = [key.removeprefix("meta") if key.startswith("metallama") else key]
     while ending := next((e for e in _MODEL_ENDINGS if keys[-1].endswith(e) and keys[-1] != e), None):
@@ -363,10 +369,12 @@ def _model_keys(name: str) -> list[str]:
 
 
 def find_model(name: str) -> ModelShape:
-    """Return the shape of a model: a name of the catalogue, a hub name, a folder with ``config.json``, or that file.
+    """Return the shape of a model: a name of the catalogue, a hub name, a folder with ``config.json``, or
+    that file.
 
-    Case, punctuation, the owner and endings such as ``-Instruct`` do not matter. A path (with a separator) that is
-    there is read; a bare name is looked up first. Raises `ConfigError` that names the nearest models if there is none.
+    Case, punctuation, the owner and endings such as ``-Instruct`` do not matter. A path (with a separator)
+    that is there is read; a bare name is looked up first. Raises `ConfigError` that names the nearest models
+    if there is none.
     """
     path = Path(name)
     if path.name != "config.json":

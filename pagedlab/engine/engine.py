@@ -39,6 +39,7 @@ from pagedlab.engine.sequence import Group, Sequence, Status
 from pagedlab.errors import ConfigError, PagedLabError, PolicyError, RequestTooLarge
 from pagedlab.events import EventLog
 from pagedlab.policies.block import Block
+from pagedlab.policies.bounds import refuse_future
 from pagedlab.policies.lookup import NO_MATCH
 from pagedlab.policies.prompt import HashedPrompt, HashedTokens
 
@@ -60,6 +61,7 @@ class Engine:
         self.clock = clock or WallClock()
         self.events = EventLog() if events is None else events
         self.max_model_len = min(config.max_model_len or executor.max_model_len, executor.max_model_len)
+        refuse_future(config.policies())
         self.policies = policies = config.policies()
         """The clones that this run works on."""
         host_blocks = config.num_host_blocks
@@ -467,6 +469,9 @@ class Engine:
     def _prefill(self, seq: Sequence, tokens: int, whole: bool, spare: int, plan: Plan) -> int:
         readmitted = seq.admitted_at is not None
         match = self.cache.match(seq.table.prefix, seq.num_tokens - 1)
+        if self.config.wait_for_prefix and plan.computes_next(seq, match):
+            self.cache.await_better(seq.table.prefix, match, seq.num_tokens - 1)
+            return 0
         while True:
             n = plan.cut(seq.num_tokens - match.num_tokens, tokens, whole)
             if not n:

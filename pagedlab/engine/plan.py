@@ -12,6 +12,7 @@ from pagedlab.cache.kv_cache import KVCache
 from pagedlab.engine.sequence import Sequence, Status
 from pagedlab.errors import PolicyError
 from pagedlab.policies.block import Block
+from pagedlab.policies.lookup import Match
 from pagedlab.policies.prefetch import Waiting
 from pagedlab.policies.scheduler import Schedulable
 
@@ -104,6 +105,20 @@ class Plan:
             self.entries[seq] = n
             self.budget -= n
         return n
+
+    def computes_next(self, seq: Sequence, match: Match) -> bool:
+        """Whether this very step computes the block that would come next in the sequence's match."""
+        size, at = self._engine.config.block_size, len(match.blocks)
+        if match.partial is not None or at >= (seq.num_tokens - 1) // size:
+            return False
+        wanted = seq.table.prefix.keys(at + 1)[at]
+        for other, n in self.entries.items():
+            table = other.table
+            if table.num_published <= at < (table.num_tokens + n) // size:
+                prefix = table.prefix
+                if prefix.keys(at + 1)[at] == wanted and prefix.salt == seq.table.prefix.salt:
+                    return True
+        return False
 
     def cut(self, remaining: int, tokens: int, whole: bool) -> int:
         """How much of ``remaining`` fits what was asked for and what is left of the step's budget."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,15 @@ from pagedlab.lab.environment import environment
 from pagedlab.lab.grid import differences
 from pagedlab.lab.job import WorkloadLike, as_workload
 from pagedlab.lab.results import Run, same_tokens
+from pagedlab.lab.simulate import simulate
+from pagedlab.workloads import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from pagedlab.lab.plots import Figure
 
-HOW = ("run",)
+HOW = ("run", "simulate")
 
 _SHOWN = (
     ("config", "configuration", None),
@@ -92,6 +94,8 @@ class Comparison:
 
     def verdict(self) -> str:
         """Return one sentence on whether the configurations said the same."""
+        if self.how == "simulate":
+            return "Simulated: the outputs' lengths are the workload's."
         return (
             "All configurations gave the same output, token for token."
             if self.same_output
@@ -143,9 +147,10 @@ def compare(
     warm_up: bool = True,
     **options: Any,
 ) -> Comparison:
-    """Run ``workload`` under each configuration and set the results side by side.
+    """Serve ``workload`` under each configuration and set the results side by side.
 
-    ``options`` are those of `run`. ``warm_up`` lets each configuration serve a few tokens first, so that compiling its
+    ``how`` is ``"run"``, with the model, or ``"simulate"``; ``options`` are those of the function of that name.
+    ``warm_up`` lets each configuration serve a few tokens first, so that compiling its
     kernel does not count. Ctrl-C ends the comparison with what is there. An ``executor`` serves every configuration.
 
     >>> import pagedlab as pl
@@ -159,15 +164,23 @@ def compare(
     if not isinstance(configs, Mapping) or not configs:
         raise ConfigError("configs must map names to configurations: {'lru': cfg, ...}")
     given = as_workload(workload)
+    if how == "simulate":
+        return Comparison(_each(simulate, configs, given, options), how=how)
     if warm_up and options.get("executor") is None:
         for config in configs.values():
             session.warm_up(config, given, fast=options.get("fast", True))
+    return Comparison(_each(session.run, configs, given, options), how=how)
+
+
+def _each(
+    serve: Callable[..., Run], configs: Mapping[str, Config], workload: Workload, options: dict[str, Any]
+) -> dict[str, Run]:
     runs: dict[str, Run] = {}
     for name, config in configs.items():
-        runs[name] = session.run(config, given, **options)
+        runs[name] = serve(config, workload, **options)
         if runs[name].interrupted:
             break
-    return Comparison(runs, how=how)
+    return runs
 
 
 def _row(name: str, run: Run) -> dict[str, Any]:

@@ -205,3 +205,24 @@ def _legend(ax: Any) -> None:
 def _empty(ax: Any) -> None:
     ax.text(0.5, 0.5, "nothing to show", ha="center", va="center", transform=ax.transAxes, color="#777777")
     ax.set_axis_off()
+
+
+def of_queue(
+    times: Any,
+    simulated: dict[str, list[int]],
+    ticks: list[float],
+    measured: dict[str, list[int]],
+    title: str,
+) -> Figure:
+    """Return running and waiting sequences over time: lines are simulated, dots measured."""
+    figure, axes = _figure(9.0, 3.6)
+    ax = axes[0, 0]
+    for colour, name in zip(_LINES, simulated):
+        ax.plot(times, simulated[name], color=colour, linewidth=1.2, label=f"{name}, simulated")
+        ax.plot(ticks, measured[name], ".", color=colour, markersize=4, label=f"{name}, measured")
+    ax.set_xlabel("time (s)")
+    ax.set_ylabel("sequences")
+    ax.set_title(title)
+    ax.legend(frameon=False, ncols=2)
+    ax.set_ylim(bottom=0)
+    return figure

@@ -2,6 +2,7 @@
 
 from pagedlab.policies import (
     allocator,
+    bounds,
     eviction,
     kernel,
     layout,
@@ -51,6 +52,7 @@ __all__ = [
     "Swap",
     "SwapOut",
     "allocator",
+    "bounds",
     "eviction",
     "kernel",
     "layout",

@@ -14,15 +14,16 @@ is not reported. A failed admission reports nothing.
 Two ways to write one:
 
 * simple: give `priority(block)`, lowest goes first, ties in the order of release. The library keeps a heap;
-  the score is read at insert, hit and release (set ``dynamic = True`` for one that changes with time: it is
-  then read again for every candidate whenever a victim is needed, O(cached)).
-* full: override the observations and `victims`.
+  the score is read at release (set ``dynamic = True`` for one that changes with time: it is then read again for
+  every candidate whenever a victim is needed, O(cached)).
+* full: override the observations and `victims`. `evict`, `release_all` and `remove_all` are short cuts for callers
+  that count nanoseconds; who overrides a plain method gets short cuts that follow from it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Any, ClassVar
@@ -39,10 +40,21 @@ class Eviction(Policy):
 
     slot: ClassVar[str] = "eviction"
     dynamic: ClassVar[bool] = False
+    needs_future: ClassVar[bool] = False
+    """`reset` wants ``future``: the keys of all accesses to come, in the order in which `hit` and `miss` will tell of
+    them. Only `replay` can give that; see `pagedlab.policies.bounds`.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # An inherited short cut knows nothing of the plain methods written below it.
+        for short_cut, plain in _SHORT_CUTS.items():
+            if _depth(cls, short_cut) > min(_depth(cls, method) for method in plain):
+                setattr(cls, short_cut, getattr(Eviction, short_cut))
 
     def reset(self, *, capacity: int) -> None:
         """Start empty, for a tier of ``capacity`` blocks."""
-        self._scores: dict[Block, tuple[Score, int]] = {}
+        self._released: dict[Block, int] = {}
         self._heap: list[tuple[Score, int, Block]] = []
         self._clock = 0
 
@@ -60,48 +72,79 @@ class Eviction(Policy):
 
     def hit(self, block: Block) -> None:
         """An admission uses the cached block; it is in use."""
-        self._scores.pop(block, None)
+        self._released.pop(block, None)
 
     def release(self, block: Block) -> None:
         """Nobody uses the block any more; it may be named as a victim. O(log cached)."""
-        self._clock += 1
         score = self.priority(block)
-        self._scores[block] = score, self._clock
-        heappush(self._heap, (score, self._clock, block))
+        self._clock = now = self._clock + 1
+        self._released[block] = now
+        heappush(self._heap, (score, now, block))
 
     def remove(self, block: Block) -> None:
         """The block's content is gone."""
-        self._scores.pop(block, None)
+        self._released.pop(block, None)
 
     def victims(self, n: int, protected: Collection[Block] = ()) -> list[Block]:
         """Return ``n`` released blocks to give up, none of them protected; all or nothing (an empty list).
 
         Changes nothing that another call could see: `remove` follows for each block that was really given up.
         """
-        scores = self._scores
-        if self.dynamic or len(self._heap) > 2 * len(scores) + 64:
-            if self.dynamic:
-                for block, (_, released) in scores.items():
-                    scores[block] = self.priority(block), released
-            self._heap = [(score, released, block) for block, (score, released) in scores.items()]
-            heapify(self._heap)
+        # An entry counts as long as its block has not been used since: the number of the release says so.
+        released, heap = self._released, self._heap
+        if self.dynamic:
+            heap[:] = [(self.priority(block), at, block) for block, at in released.items()]
+            heapify(heap)
+        elif len(heap) > 2 * len(released) + 64:
+            heap[:] = [entry for entry in heap if released.get(entry[2]) == entry[1]]
+            heapify(heap)
         chosen: list[Block] = []
         kept: list[tuple[Score, int, Block]] = []
-        while self._heap and len(chosen) < n:
-            entry = heappop(self._heap)
-            score, released, block = entry
-            if scores.get(block) != (score, released):
+        while heap and len(chosen) < n:
+            entry = heap[0]
+            block = entry[2]
+            if released.get(block) != entry[1]:
+                heappop(heap)
                 continue
-            kept.append(entry)
             if block not in protected:
                 chosen.append(block)
+                if len(chosen) == n:
+                    break
+            kept.append(heappop(heap))
         for entry in kept:
-            heappush(self._heap, entry)
+            heappush(heap, entry)
         return chosen if len(chosen) == n else []
+
+    def evict(self) -> Block | None:
+        """Name one victim and take it as removed: `victims` (1) and `remove` in one call. None if there is none."""
+        chosen = self.victims(1)
+        if not chosen:
+            return None
+        self.remove(chosen[0])
+        return chosen[0]
+
+    def release_all(self, blocks: Sequence[Block]) -> None:
+        """`release` each of ``blocks``, in this order."""
+        for block in blocks:
+            self.release(block)
+
+    def remove_all(self, blocks: Sequence[Block]) -> None:
+        """`remove` each of ``blocks``."""
+        for block in blocks:
+            self.remove(block)
 
     def stats(self) -> dict[str, Any]:
         """Return what the policy wants shown of its inner state (sizes of its lists, say)."""
         return {}
+
+
+_SHORT_CUTS = {"evict": ("victims", "remove"), "release_all": ("release",), "remove_all": ("remove",)}
+"""Methods that a policy may give to save calls, and the plain ones that they stand for."""
+
+
+def _depth(cls: type, method: str) -> int:
+    """How far up its bases ``cls`` finds ``method``; 0 for itself."""
+    return next(i for i, base in enumerate(cls.__mro__) if method in vars(base))
 
 
 @register("eviction", "lru")
@@ -112,7 +155,8 @@ class LRU(Eviction):
         self._order: OrderedDict[Block, None] = OrderedDict()
 
     def hit(self, block: Block) -> None:
-        self._order.pop(block, None)
+        if block in self._order:
+            del self._order[block]
 
     def release(self, block: Block) -> None:
         self._order[block] = None
@@ -125,13 +169,72 @@ class LRU(Eviction):
         chosen = list(islice(order, n))
         return chosen if len(chosen) == n else []
 
+    def evict(self) -> Block | None:
+        return self._order.popitem(last=False)[0] if self._order else None
+
+    def release_all(self, blocks: Sequence[Block]) -> None:
+        order = self._order
+        for block in blocks:
+            order[block] = None
+
+    def remove_all(self, blocks: Sequence[Block]) -> None:
+        pop = self._order.pop
+        for block in blocks:
+            pop(block, None)
+
 
 @register("eviction", "fifo")
 class FIFO(Eviction):
-    """Give up the block stored longest ago, however often it was used. O(log cached)."""
+    """Give up the block stored longest ago, however often it was used. O(1) an operation.
+
+    One queue in the order of storing; a flag says who may go. A search for victims that meets blocks in use at the
+    head takes them out of its way: they are older than the rest of the queue, so when they are released they wait
+    before it, in a heap of their own. Each block is passed over once.
+    """
+
+    def reset(self, *, capacity: int) -> None:
+        super().reset(capacity=capacity)
+        self._queue: OrderedDict[Block, bool] = OrderedDict()
 
     def priority(self, block: Block) -> Score:
         return block.born
+
+    def insert(self, block: Block) -> None:
+        self._queue[block] = False
+
+    def hit(self, block: Block) -> None:
+        if block in self._queue:
+            self._queue[block] = False
+        else:
+            super().hit(block)
+
+    def release(self, block: Block) -> None:
+        if block in self._queue:
+            self._queue[block] = True
+        else:
+            super().release(block)
+
+    def remove(self, block: Block) -> None:
+        if self._queue.pop(block, None) is None:
+            super().remove(block)
+
+    def victims(self, n: int, protected: Collection[Block] = ()) -> list[Block]:
+        queue = self._queue
+        while queue and not queue[head := next(iter(queue))]:
+            del queue[head]
+        early = len(self._released) - len(self._released.keys() & protected)
+        chosen = super().victims(min(n, early), protected)
+        if len(chosen) < n:
+            rest = (block for block, idle in queue.items() if idle and block not in protected)
+            chosen += islice(rest, n - len(chosen))
+        return chosen if len(chosen) == n else []
+
+    def evict(self) -> Block | None:
+        if not self._released and self._queue:
+            block, idle = self._queue.popitem(last=False)
+            if idle:
+                return block
+        return super().evict()
 
 
 @register("eviction", "lfu")

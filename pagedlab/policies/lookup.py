@@ -188,9 +188,28 @@ class Lookup(Policy):
         known.
         """
 
+    def publish_chain(self, blocks: Sequence[Block], parent: Hashable) -> list[tuple[int, Published]]:
+        """Make ``blocks`` findable, each the continuation of the one before, the first of content ``parent``.
+
+        Sets their ``parent`` and ``serial``. Returns position and answer of those that were not simply indexed.
+        """
+        special = []
+        for i, block in enumerate(blocks):
+            block.parent = parent
+            answer = self.publish(block)
+            block.serial = parent = answer.serial
+            if not answer.indexed or answer.displaced is not None:
+                special.append((i, answer))
+        return special
+
     @abstractmethod
     def forget(self, block: Block) -> None:
         """Take an indexed block out."""
+
+    def forget_all(self, blocks: Sequence[Block]) -> None:
+        """`forget` each of ``blocks``."""
+        for block in blocks:
+            self.forget(block)
 
     @abstractmethod
     def copy_in(self, block: Block, tier: int) -> Block | None:
@@ -276,10 +295,34 @@ class ChainedHash(Lookup):
         here[block.key] = block
         return Published(serial, True, displaced)
 
+    def publish_chain(self, blocks: Sequence[Block], parent: Hashable) -> list[tuple[int, Published]]:
+        here = self._index[DEVICE]
+        if len(self._index) > 1 or not blocks or blocks[0].tier != DEVICE:
+            return super().publish_chain(blocks, parent)
+        special = []
+        for i, block in enumerate(blocks):
+            block.parent = parent
+            if block.key in here:
+                answer = self.publish(block)
+                parent = answer.serial
+                special.append((i, answer))
+            else:
+                here[block.key] = block  # type: ignore[index]
+                self._next_serial = parent = self._next_serial + 1
+            block.serial = parent
+        return special
+
     def forget(self, block: Block) -> None:
         assert block.key is not None
         if self._index[block.tier].get(block.key) is block:
             del self._index[block.tier][block.key]
+
+    def forget_all(self, blocks: Sequence[Block]) -> None:
+        index = self._index
+        for block in blocks:
+            here = index[block.tier]
+            if here.get(block.key) is block:  # type: ignore[arg-type]
+                del here[block.key]  # type: ignore[arg-type]
 
     def copy_in(self, block: Block, tier: int) -> Block | None:
         assert block.key is not None

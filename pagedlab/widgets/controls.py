@@ -115,7 +115,9 @@ class _SlotRow(ipw.VBox):
         return f"{type(self._object).__name__} (object)"
 
     def _offer(self, value: str) -> None:
-        options = policy_names(self.slot)
+        # A bound that must know the future cannot be run.
+        names = policy_names(self.slot)
+        options = [n for n in names if not getattr(lookup_class(self.slot, n), "needs_future", False)]
         if self._object is not None:
             options = [*options, self._object_label]
         self.choice.unobserve(self._chosen, "value")

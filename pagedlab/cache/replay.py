@@ -1,0 +1,195 @@
+"""One cache, one eviction policy, and a stream of block accesses: the cache without an engine around it.
+
+A policy hears here what it hears in the engine (`pagedlab.policies.eviction`), and gives up the same blocks. There are
+two ways to count:
+
+plain
+    Every access is a request of its own: a hit if the block is there, else a miss that stores it. The block is in use
+    only for the moment of its access. This is what the literature on caches counts.
+
+prefix
+    What a serving engine does. A request hits the blocks of its longest cached prefix, found by key as vLLM finds them;
+    all after the first gap is missed. It holds its blocks until its end and releases them tail first. In order: ``hit``
+    for what was found, ``miss`` for the rest, ``victims`` for all the room that is needed, ``remove`` for a block that
+    lost its prefix and has the content of a new one, ``insert``, ``release``. Of a request with more blocks than the
+    cache has, only the first ``capacity`` are cached; the rest is missed every time.
+
+(Our own engine is stricter with blocks that lost their prefix: content whose parent was given up and computed again is
+another content to it. For policies that give up children before parents, as LRU does, the two count alike.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
+
+from pagedlab.errors import PolicyError
+from pagedlab.policies.block import Block
+from pagedlab.policies.eviction import Eviction
+
+_CHUNK = 256
+"""Requests between two signs of life."""
+
+
+class Wanted(NamedTuple):
+    """The blocks that one request wants, first to last, and what a policy may read of it.
+
+    ``chained`` keys stand for all before them, too: a block's parent is the one before it. Without, the accesses have
+    nothing to do with each other. ``time`` is in picoseconds.
+    """
+
+    keys: Sequence[int]
+    chained: bool = True
+    time: int = 0
+    session: str | None = None
+    request_class: str | None = None
+    salt: Hashable = None
+
+
+def plain(
+    requests: Sequence[Wanted], policy: Eviction, capacity: int, *, block_size: int, tail_first: bool = False
+) -> Iterator[list[int]]:
+    """Yield the number of hits of each request, some hundred requests at a time. ``policy`` has been reset.
+
+    ``tail_first`` accesses the blocks of each request in reverse. Raises `PolicyError` for an illegal victim.
+    """
+    resident: dict[int, Block] = {}
+    find, forget = resident.get, resident.pop
+    hit, release, evict = policy.hit, policy.release, policy.evict
+    miss = policy.miss if _listens(policy, "miss") else None
+    insert = policy.insert if _listens(policy, "insert") else None
+    born = 0
+    for start in range(0, len(requests), _CHUNK):
+        hits: list[int] = []
+        for keys, chained, now, session, request_class, salt in requests[start : start + _CHUNK]:
+            found = 0
+            for i, key in _backwards(keys) if tail_first else enumerate(keys):
+                block = find(key)
+                if block is not None:
+                    found += 1
+                    block.hits += 1
+                    hit(block)
+                    block.ref_count = 1
+                else:
+                    if miss is not None:
+                        miss(key)
+                    if born < capacity:
+                        block = Block(born)
+                        block.fill = block_size
+                    else:
+                        block = evict()
+                        if block is None or forget(block.key, None) is not block:  # type: ignore[arg-type]
+                            raise _illegal(policy, block)
+                    born += 1
+                    resident[key] = block
+                    block.key = block.serial = key
+                    block.parent = block.parent_key = keys[i - 1] if i and chained else None
+                    block.depth = i * block_size if chained else 0
+                    block.session, block.request_class, block.salt = session, request_class, salt
+                    block.born = born
+                    block.created = now
+                    block.hits = 0
+                    block.ref_count = 1
+                    if insert is not None:
+                        insert(block)
+                block.ref_count = 0
+                block.last_released = now
+                release(block)
+            hits.append(found)
+        yield hits
+
+
+def prefix(
+    requests: Sequence[Wanted], policy: Eviction, capacity: int, *, block_size: int
+) -> Iterator[list[int]]:
+    """Yield the number of hits of each request, some hundred requests at a time. ``policy`` has been reset.
+
+    The keys of a request must be distinct. Raises `PolicyError` for an illegal victim.
+    """
+    resident: dict[int, Block] = {}
+    find = resident.get
+    hit, miss, insert, release_all = policy.hit, policy.miss, policy.insert, policy.release_all
+    spare: list[Block] = []
+    made = born = 0
+    for start in range(0, len(requests), _CHUNK):
+        hits: list[int] = []
+        for keys, chained, now, session, request_class, salt in requests[start : start + _CHUNK]:
+            held: list[Block] = []
+            for key in keys:
+                block = find(key)
+                if block is None:
+                    break
+                held.append(block)
+            found = len(held)
+            for block in held:
+                block.hits += 1
+                hit(block)
+                block.ref_count = 1
+            missed = keys[found:]
+            for key in missed:
+                miss(key)
+            fits = min(len(keys), capacity)
+            while len(spare) < fits - found and made < capacity:
+                spare.append(Block(made))
+                spare[-1].fill = block_size
+                made += 1
+            short = fits - found - len(spare)
+            if short > 0:
+                spare += _give_up(short, policy, resident)
+            parent = held[-1].key if held and chained else None
+            for i in range(found, fits):
+                key = keys[i]
+                orphan = find(key)
+                if orphan is not None:
+                    policy.remove(orphan)
+                    orphan.key = None
+                    spare.append(orphan)
+                block = spare.pop()
+                born += 1
+                resident[key] = block
+                block.key = block.serial = key
+                block.parent = block.parent_key = parent
+                block.depth = i * block_size if chained else 0
+                block.session, block.request_class, block.salt = session, request_class, salt
+                block.born = born
+                block.created = now
+                block.hits = 0
+                block.ref_count = 1
+                insert(block)
+                held.append(block)
+                if chained:
+                    parent = key
+            held.reverse()
+            for block in held:
+                block.ref_count = 0
+                block.last_released = now
+            release_all(held)
+            hits.append(found)
+        yield hits
+
+
+def _backwards(keys: Sequence[int]) -> Iterator[tuple[int, int]]:
+    return zip(range(len(keys) - 1, -1, -1), reversed(keys))
+
+
+def _listens(policy: Eviction, observation: str) -> bool:
+    """Whether the policy does anything about an observation; a call that does nothing is a call too many here."""
+    return getattr(getattr(policy, observation), "__func__", None) is not getattr(Eviction, observation)
+
+
+def _give_up(n: int, policy: Eviction, resident: dict[int, Block]) -> list[Block]:
+    victims = policy.victims(n)
+    if len(victims) != n:
+        raise PolicyError(f"eviction {type(policy).__name__} named {len(victims)} victims of {n}")
+    for block in victims:
+        if block.ref_count or block.key is None or resident.pop(block.key, None) is not block:
+            raise _illegal(policy, block)
+    policy.remove_all(victims)
+    for block in victims:
+        block.key = None
+    return victims
+
+
+def _illegal(policy: Eviction, block: Block | None) -> PolicyError:
+    named = "no victim, though all blocks are released" if block is None else f"{block!r}, which it must not"
+    return PolicyError(f"eviction {type(policy).__name__} named {named}")

@@ -1,0 +1,359 @@
+"""A real vLLM run, simulated: the cost model is fitted to the run's first requests, and held against all of
+them.
+
+    run folder ──▶ VllmRun ──before(n)──▶ what the fit may read ──▶ Calibrated
+        │                                                              │
+        └──────── arrivals, lengths, token ids, settings ──────▶ simulate ──▶ errors over all, and over the rest
+
+Inputs of the simulation are every request's arrival, prompt and output length, and the engine's settings. Of
+the measurements the fit reads only the first ``n`` requests' (`VllmRun.before` holds nothing else). It is a
+least-squares fit of the cost model's coefficients, in logarithms, with a prior: the catalogue's roofline for
+that model and card. A coefficient that the log says nothing about stays where the prior has it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagedlab.config import Config
+from pagedlab.costs import Calibrated
+from pagedlab.costs.vllm_log import VllmRequest, VllmRun
+from pagedlab.engine.clock import VirtualClock, to_seconds
+from pagedlab.engine.engine import Engine
+from pagedlab.engine.request import Request, SamplingParams
+from pagedlab.engine.script import Script
+from pagedlab.errors import ConfigError, WorkloadError
+from pagedlab.events import EventLog
+from pagedlab.executors.simulated import SimulatedExecutor
+from pagedlab.workloads import Workload, load
+
+if TYPE_CHECKING:
+    from pagedlab.lab.plots import Figure
+
+Array = NDArray[np.float64]
+
+BLOCK_SIZE = 16
+"""vLLM's default."""
+PRIOR_SIGMA = 1.0
+"""How far, in natural logarithms, a coefficient may stray from the roofline before it counts as one standard
+error."""
+MOVED_SIGMA = 0.25
+"""The same where the prior was itself fitted, on another card or model, and moved by the catalogue's ratios."""
+NOISE = 0.01
+"""Relative noise of a measured time, besides `NOISE_S`."""
+NOISE_S = 0.02
+"""Absolute noise of a measured time, in seconds: about a step."""
+NUDGE = 0.02
+"""Step of the finite differences, in logarithms: a simulation is made of steps, and smooth only on a larger
+scale."""
+MOST_STEPS = 15
+
+
+def engine_config(run: VllmRun, num_blocks: int) -> Config:
+    """Return the configuration that stands for the run's engine settings.
+
+    What they leave out has vLLM's default: prefix caching, chunked prefill, blocks of 16 tokens, first-come
+    first-served, asynchronous scheduling.
+    """
+    said = run.settings
+    return Config.preset(
+        "vllm",
+        num_blocks=num_blocks,
+        block_size=int(said.get("block_size") or BLOCK_SIZE),
+        max_num_seqs=int(said.get("max_num_seqs") or 256),
+        max_num_batched_tokens=int(said.get("max_num_batched_tokens") or 8192),
+        lookup="none" if said.get("enable_prefix_caching") is False else "chained-hash",
+        async_scheduling=said.get("async_scheduling") is not False,
+        # vLLM publishes a block when it is scheduled, so the next request of the same step finds it already. Here it
+        # comes a step later and finds the same.
+        wait_for_prefix=True,
+    )
+
+
+def requests_of(run: VllmRun, workload: Workload) -> list[Request]:
+    """Return the run's requests with the workload's tokens, in order of arrival.
+
+    Raises `WorkloadError` if they are not those of the run: another number, or other lengths.
+    """
+    if len(workload) != len(run.requests):
+        raise WorkloadError(f"the run has {len(run.requests)} requests, {workload.name} has {len(workload)}")
+    by_arrival = list(workload)
+    numbered = _numbered(run.requests)
+    made = []
+    for number, logged in zip(numbered, run.requests, strict=True):
+        given = by_arrival[number]
+        if len(given.prompt) != logged.input_tokens:
+            raise WorkloadError(
+                f"request {logged.request_id!r} of the run has {logged.input_tokens} prompt tokens, "
+                f"number {number} of {workload.name} has {len(given.prompt)}"
+            )
+        sampling = SamplingParams(max_tokens=logged.output_tokens, ignore_eos=True)
+        made.append(replace(given, request_id=logged.request_id, sampling=sampling, arrival=logged.arrival))
+    return made
+
+
+def _numbered(requests: Sequence[VllmRequest]) -> list[int]:
+    """Return each request's place in the workload: the number that its id ends in, or the order of
+    arrival.
+    """
+    try:
+        numbers = [int(r.request_id.rsplit("-", 1)[-1]) for r in requests]
+    except ValueError:
+        return list(range(len(requests)))
+    return numbers if sorted(numbers) == list(range(len(requests))) else list(range(len(requests)))
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """When a request's first and last token came, in seconds on the run's clock."""
+
+    first: float
+    last: float
+
+
+class Simulator:
+    """The run's requests and settings, ready to be simulated under any cost model."""
+
+    def __init__(self, run: VllmRun, workload: Workload, *, num_blocks: int | None = None) -> None:
+        self.requests = requests_of(run, workload)
+        outputs = workload.outputs or {}
+        numbers = _numbered(run.requests)
+        original = [r.request_id for r in workload]
+        self._scripts: dict[tuple[str, int], Script] = {}
+        for unique, (number, r) in enumerate(zip(numbers, self.requests, strict=True)):
+            said = outputs.get(original[number])
+            tokens = said if said is not None and len(said) == r.sampling.max_tokens else None
+            self._scripts[r.request_id, 0] = Script(r.sampling.max_tokens, tokens, "length", unique)
+        # The pool's size is not in these logs; left out, nothing is ever short.
+        enough = sum(-(-(len(r.prompt) + r.sampling.max_tokens) // BLOCK_SIZE) for r in self.requests) + 1
+        self.config = engine_config(run, num_blocks or enough)
+
+    def serve(self, cost: Calibrated, *, until: Sequence[str] | None = None) -> Engine:
+        """Return the engine after serving all, or as soon as the requests ``until`` have ended."""
+        executor = SimulatedExecutor(cost, outputs=self._scripts)
+        engine = Engine(self.config, executor, clock=VirtualClock(), events=EventLog(enabled=False))
+        for request in self.requests:
+            engine.add(request)
+        wanted = None if until is None else [engine.groups[r] for r in until]
+        while engine.step():
+            if wanted is not None and not wanted[-1].unfinished:
+                wanted = [g for g in wanted if g.unfinished]
+                if not wanted:
+                    break
+        return engine
+
+    def times(self, cost: Calibrated, ids: Sequence[str]) -> Array:
+        """Return first and last token times [len(ids), 2] in seconds."""
+        engine = self.serve(cost, until=ids)
+        rows = []
+        for name in ids:
+            (seq,) = engine.groups[name].sequences
+            assert seq.first_token_at is not None
+            assert seq.finished_at is not None
+            rows.append((to_seconds(seq.first_token_at), to_seconds(seq.finished_at)))
+        return np.array(rows)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A cost model fitted to a log, and how."""
+
+    cost: Calibrated
+    prior: Calibrated
+    seconds: float
+    simulations: int
+
+
+def calibrate(seen: VllmRun, simulator: Simulator, prior: Calibrated, sigma: float = PRIOR_SIGMA) -> Fit:
+    """Fit ``prior``'s coefficients to the measurements in ``seen`` (see `VllmRun.before`), simulating all the
+    while.
+
+    Residuals are the errors of every first and last token's time since arrival, over their noise; the prior
+    adds one residual a coefficient. Solved by scipy's trust-region least squares with finite differences.
+    """
+    from scipy.optimize import least_squares
+
+    began, calls = time.perf_counter(), 0
+    measured = seen.requests
+    ids = [r.request_id for r in measured]
+    arrival = np.array([[r.arrival, r.arrival] for r in measured])
+    truth = np.array([[r.first_token, r.last_token] for r in measured]) - arrival
+    noise = NOISE * truth + NOISE_S
+    start = np.array(prior.to_vector())
+    active = [i for i, (low, high) in enumerate(prior.bounds()) if high > low]
+
+    def model(x: Array) -> Calibrated:
+        vector = start.copy()
+        vector[active] += x
+        return Calibrated.from_vector(list(vector), like=prior)
+
+    def residuals(x: Array) -> Array:
+        nonlocal calls
+        calls += 1
+        said = simulator.times(model(x), ids) - arrival
+        return np.concatenate([((said - truth) / noise).ravel(), x / sigma])
+
+    def slopes(x: Array) -> Array:
+        here, columns = residuals(x), []
+        for i in range(len(x)):
+            moved = x.copy()
+            moved[i] += NUDGE
+            columns.append((residuals(moved) - here) / NUDGE)
+        return np.array(columns).T
+
+    solved = least_squares(
+        residuals, np.zeros(len(active)), jac=slopes, max_nfev=MOST_STEPS, xtol=1e-3, ftol=1e-4
+    )
+    return Fit(model(solved.x), prior, time.perf_counter() - began, calls)
+
+
+# ---- the comparison ------------------------------------------------------------------------------------------------
+
+_KINDS = ("ttft", "tpot", "latency")
+_QUANTILES = (50, 90, 99)
+
+
+def errors(run: VllmRun, engine: Engine, skip: int = 0) -> dict[str, float]:
+    """Return signed relative errors of the simulation over the run's requests but the first ``skip``.
+
+    ``ttft_mean``, ``ttft_p50`` ... : of the mean and the percentiles (0.01: 1% above the measured).
+    ``latency_mape``, ``ttft_mape``, ``tpot_mape``: mean absolute relative error request by request.
+    """
+    truth: dict[str, list[float]] = {kind: [] for kind in _KINDS}
+    said: dict[str, list[float]] = {kind: [] for kind in _KINDS}
+    for logged in run.requests[skip:]:
+        (seq,) = engine.groups[logged.request_id].sequences
+        assert seq.first_token_at is not None
+        assert seq.finished_at is not None
+        first, last = to_seconds(seq.first_token_at), to_seconds(seq.finished_at)
+        truth["ttft"].append(logged.ttft)
+        truth["latency"].append(logged.latency)
+        said["ttft"].append(first - logged.arrival)
+        said["latency"].append(last - logged.arrival)
+        if logged.output_tokens > 1:
+            truth["tpot"].append(logged.tpot)
+            said["tpot"].append((last - first) / (logged.output_tokens - 1))
+    out: dict[str, float] = {}
+    for kind in _KINDS:
+        t, s = np.array(truth[kind]), np.array(said[kind])
+        out[f"{kind}_mean"] = float(s.mean() / t.mean() - 1)
+        for q in _QUANTILES:
+            out[f"{kind}_p{q}"] = float(np.percentile(s, q) / np.percentile(t, q) - 1)
+        out[f"{kind}_mape"] = float(np.abs(s / t - 1).mean())
+    return out
+
+
+@dataclass
+class Reproduction:
+    """A run and its simulation, side by side."""
+
+    run: VllmRun
+    fit: Fit
+    fitted_on: int
+    error: dict[str, float]
+    """Over all requests; see `errors`."""
+    error_rest: dict[str, float]
+    """Over those that the fit did not see."""
+    hit_tokens: int
+    prompt_tokens: int
+    seconds: float
+    """What simulating the run once took."""
+    engine: Engine = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data, as the command line prints it."""
+        return {
+            "model": self.run.model,
+            "requests": len(self.run.requests),
+            "fitted_on": self.fitted_on,
+            "error": self.error,
+            "error_rest": self.error_rest,
+            "hit_tokens": self.hit_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "fit_seconds": self.fit.seconds,
+            "fit_simulations": self.fit.simulations,
+            "simulate_seconds": self.seconds,
+            "clock_alignment_s": self.run.alignment.spread,
+            "cost": self.fit.cost.get_params(),
+            "prior": self.fit.prior.get_params(),
+        }
+
+    def plot(self) -> Figure:
+        """Return running and waiting sequences over time, simulated over measured."""
+        from pagedlab.lab import plots
+
+        each = [r for record in self.engine.steps for r in record.each()]
+        end = [to_seconds(r.start + r.duration) for r in each]
+        simulated = {"running": [r.num_running for r in each], "waiting": [r.num_waiting for r in each]}
+        ticks = self.run.ticks
+        measured = {"running": [t.running for t in ticks], "waiting": [t.waiting for t in ticks]}
+        return plots.of_queue(
+            end, simulated, [t.t for t in ticks], measured, f"{self.run.model}: simulated over measured"
+        )
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return headings and rows: measure, error over all requests, error over those not fitted on."""
+        shown = (
+            ("mean", "mean"),
+            ("p50", "P50"),
+            ("p90", "P90"),
+            ("p99", "P99"),
+            ("mape", "per request, absolute"),
+        )
+        rows = []
+        for kind in _KINDS:
+            title = kind if kind == "latency" else kind.upper()
+            for key, name in shown:
+                both = (_percent(e[f"{kind}_{key}"]) for e in (self.error, self.error_rest))
+                rows.append([f"{title} {name}", *both])
+        return ["", f"all {len(self.run.requests)}", f"from {self.fitted_on + 1}"], rows
+
+
+def _percent(value: float) -> str:
+    return f"{value:+.2%}"
+
+
+def reproduce(
+    folder: str | Path,
+    workload: str | Path | Workload,
+    *,
+    model: str | None = None,
+    hardware: str = "rtx-pro-6000",
+    fit_on: int = 100,
+    prior: Calibrated | None = None,
+    num_blocks: int | None = None,
+    sigma: float = PRIOR_SIGMA,
+) -> Reproduction:
+    """Simulate the vLLM run in ``folder`` after fitting the cost model to its first ``fit_on`` requests (0: no fit).
+
+    ``model`` is the catalogue's name for the run's model, ``hardware`` its card; they make the ``prior`` of
+    the fit and nothing else. ``num_blocks`` is the pool's size, which these logs do not hold (left out: never
+    short).
+    """
+    run = VllmRun.load(folder)
+    given = workload if isinstance(workload, Workload) else load(workload)
+    if not 0 <= fit_on <= len(run.requests):
+        raise ConfigError(f"fit_on must be from 0 to {len(run.requests)}, not {fit_on}")
+    simulator = Simulator(run, given, num_blocks=num_blocks)
+    start = prior or Calibrated.prior(model or run.model, hardware, run.tensor_parallel)
+    fit = calibrate(run.before(fit_on), simulator, start, sigma) if fit_on else Fit(start, start, 0.0, 0)
+    return compare(run, simulator, fit, fit_on)
+
+
+def compare(run: VllmRun, simulator: Simulator, fit: Fit, fitted_on: int) -> Reproduction:
+    """Simulate the whole run under a fit and set it beside what was measured."""
+    began = time.perf_counter()
+    engine = simulator.serve(fit.cost)
+    seconds = time.perf_counter() - began
+    rest = min(fitted_on, len(run.requests) - 1)
+    return Reproduction(
+        run, fit, fitted_on, errors(run, engine), errors(run, engine, rest), engine.totals.hit_tokens,
+        engine.totals.prompt_tokens, seconds, engine,
+    )  # fmt: skip
