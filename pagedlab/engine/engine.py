@@ -17,34 +17,28 @@ steps would have left.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from math import isqrt
 
 from pagedlab import events as ev
 from pagedlab.cache.accounting import Memory
-from pagedlab.cache.kv_cache import KVCache
-from pagedlab.cache.table import BlockTable
 from pagedlab.config import Config
 from pagedlab.costs.base import StepWork
 from pagedlab.engine.clock import Clock, WallClock, to_ps
-from pagedlab.engine.decoders import Decoders
 from pagedlab.engine.orders import Executor, Scripted, SequenceStep, StepOrders, StepResult
 from pagedlab.engine.plan import CacheResidency, Plan
-from pagedlab.engine.records import StepRecord, Totals
+from pagedlab.engine.records import StepRecord
 from pagedlab.engine.request import Request
+from pagedlab.engine.seats import Seats
 from pagedlab.engine.sequence import Group, Sequence, Status
-from pagedlab.errors import ConfigError, PagedLabError, PolicyError, RequestTooLarge
+from pagedlab.errors import ConfigError, PagedLabError, PolicyError
 from pagedlab.events import EventLog
 from pagedlab.policies.block import Block
-from pagedlab.policies.bounds import refuse_future
-from pagedlab.policies.lookup import NO_MATCH
 from pagedlab.policies.prompt import HashedPrompt, HashedTokens
 
 
-class Engine:
+class Engine(Seats):
     """Requests in, tokens and events out; policies decide, one executor does the work."""
 
     def __init__(
@@ -56,57 +50,20 @@ class Engine:
         events: EventLog | None = None,
         skip_ahead: bool = True,
     ) -> None:
-        self.config = config
+        super().__init__(
+            config, executor.max_model_len, EventLog() if events is None else events, self._prefetch_fate
+        )
         self.executor = executor
         self.clock = clock or WallClock()
-        self.events = EventLog() if events is None else events
-        self.max_model_len = min(config.max_model_len or executor.max_model_len, executor.max_model_len)
-        refuse_future(config.policies())
-        self.policies = policies = config.policies()
-        """The clones that this run works on."""
-        host_blocks = config.num_host_blocks
-        self.cache = KVCache(
-            num_blocks=config.num_blocks,
-            block_size=config.block_size,
-            allocator=policies.allocator,
-            lookup=policies.lookup,
-            eviction=policies.eviction,
-            swap=policies.swap,
-            host_blocks=host_blocks,
-            null_block=config.null_block,
-            events=self.events,
-            on_prefetch_fate=self._prefetch_fate,
-        )
-        policies.scheduler.reset()
-        policies.prefetch.reset()
-        self.waiting: deque[Sequence] = deque()
-        """The queue, front first."""
-        self.running: list[Sequence] = []
-        """Sequences that hold device blocks, oldest admission first."""
-        self.decoders = Decoders(config.block_size)
-        """Of these, the ones that get a token every step without being asked for."""
-        self.undecided: dict[Sequence, None] = {}
-        """Of these, the others."""
-        self.leaving: list[Sequence] = []
-        """Ended while the next step was already planned: their seats and blocks come free after it."""
-        self.promised_seats = 0
-        """Seats kept for parallel samples that have not parted yet."""
-        self.steady = policies.scheduler.steady_decode and (
-            config.max_num_batched_tokens >= config.max_num_seqs
-        )
-        """Whether sequences that decode are held together."""
+        self.policies.prefetch.reset()
         self._scripts = executor if isinstance(executor, Scripted) else None
         self._skips = skip_ahead
         self.finished: list[Sequence] = []
         self.groups: dict[str, Group] = {}
         self.steps: list[StepRecord] = []
-        self.totals = Totals()
         self._future: list[tuple[int, int, Group]] = []
-        self._ended: list[int] = []
         self._num_groups = 0
         self._num_sequences = 0
-        self._stands = False
-        """Whether the scheduler's last decision still holds."""
         self._standing: list[Sequence] = []
         """Then, unless decoding is steady: who gets one token a step, in order."""
         self._followers: dict[str, list[Group]] = {}
@@ -114,7 +71,7 @@ class Engine:
         executor.prepare(
             num_blocks=config.num_blocks,
             block_size=config.block_size,
-            host_blocks=host_blocks,
+            host_blocks=config.num_host_blocks,
             max_num_seqs=config.max_num_seqs,
         )
         self.clock.start()
@@ -150,6 +107,7 @@ class Engine:
         group.sequences.append(leader)
         try:
             self._check_fits(leader)
+            self._check_stop(leader)
         except PagedLabError as error:
             self._refuse(leader, error)
             return group
@@ -177,36 +135,10 @@ class Engine:
         self._num_sequences += 1
         return seq
 
-    def _check_fits(self, seq: Sequence) -> None:
-        """Raise if the sequence could not even run alone."""
-        name, sampling = f"request {seq.request_id!r}", seq.group.request.sampling
-        if not seq.tokens:
-            raise ConfigError(f"{name} has an empty prompt; at least 1 token is needed")
-        if seq.prompt_len >= self.max_model_len:
-            raise RequestTooLarge(
-                f"{name}: prompt of {seq.prompt_len} tokens and 1 of output",
-                seq.prompt_len + 1,
-                self.max_model_len,
-                "tokens",
-                "the longest that this model and max_model_len allow",
-            )
-        if sampling.n > self.config.max_num_seqs:
-            raise RequestTooLarge(
-                f"{name}: n={sampling.n}", sampling.n, self.config.max_num_seqs, "sequences"
-            )
-        if sampling.stop and self.executor.detokenize([]) is None:
-            raise ConfigError(f"{name} has stop strings, but the model has no tokenizer; use stop_token_ids")
-        claim = max(
-            self.policies.reservation.claim(seq, seq.prompt_len, self.max_model_len), seq.table.final_len
-        )
-        needed = -(-claim // self.config.block_size)
-        if needed > self.cache.device.capacity:
-            raise RequestTooLarge(
-                f"{name}: {claim} tokens in blocks of {self.config.block_size}",
-                needed,
-                self.cache.device.capacity,
-                "blocks",
-                "raise num_blocks, or lower max_tokens or the reservation",
+    def _check_stop(self, seq: Sequence) -> None:
+        if seq.group.request.sampling.stop and self.executor.detokenize([]) is None:
+            raise ConfigError(
+                f"request {seq.request_id!r} has stop strings, but the model has no tokenizer; use stop_token_ids"
             )
 
     def _refuse(self, seq: Sequence, error: PagedLabError) -> None:
@@ -349,22 +281,6 @@ class Engine:
                 self.make_room(seq, seq.table.num_tokens + 1, plan)
         plan.budget -= len(decoders.members)
 
-    def _sync(self, seq: Sequence) -> None:
-        """Bring a decoding sequence's table up to date, and its tokens if they are known beforehand."""
-        first = seq.since
-        n = self.decoders.lag(seq)
-        if not n:
-            return
-        if seq.script is not None:
-            tokens = seq.tokens
-            if isinstance(tokens, HashedTokens):
-                tokens.generated += n
-            else:
-                out = len(tokens) - seq.prompt_len
-                tokens += seq.script.piece(out, out + n)
-            seq.took(first, n)
-        self.cache.commit(seq.table, n)
-
     def _orders(self, entries: dict[Sequence, int]) -> StepOrders:
         work = self._work(entries)
         if self._scripts is not None:
@@ -443,120 +359,6 @@ class Engine:
     def _prefetch_fate(self, block: Block, fate: str) -> None:
         self.totals.prefetch[fate] += 1
         self.policies.prefetch.feedback(block, fate)  # type: ignore[arg-type]
-
-    # ---- room --------------------------------------------------------------------------------------------------
-
-    def admit(self, seq: Sequence, tokens: int, whole: bool, plan: Plan) -> int:
-        """Give a waiting sequence its prefix and room, and make it run; return the tokens granted, 0 for no room."""
-        spare = self.config.watermark_blocks if self.running else 0
-        resume = self._swap_in if seq.table.swapped else self._prefill
-        granted = resume(seq, tokens, whole, spare, plan)
-        if granted:
-            self.waiting.remove(seq)
-            self.running.append(seq)
-            self.undecided[seq] = None
-            self.promised_seats += seq.to_fork
-            seq.status = Status.RUNNING
-        return granted
-
-    def _swap_in(self, seq: Sequence, tokens: int, whole: bool, spare: int, plan: Plan) -> int:
-        n = plan.cut(seq.remaining, tokens, whole)
-        if not n or not self.cache.swap_in(seq.table, self._claim(seq, seq.num_computed + n), spare=spare):
-            return 0
-        self.events.record(ev.REQUEST_RESUMED, seq.seq_id, detail="swap")
-        return n
-
-    def _prefill(self, seq: Sequence, tokens: int, whole: bool, spare: int, plan: Plan) -> int:
-        readmitted = seq.admitted_at is not None
-        match = self.cache.match(seq.table.prefix, seq.num_tokens - 1)
-        if self.config.wait_for_prefix and plan.computes_next(seq, match):
-            self.cache.await_better(seq.table.prefix, match, seq.num_tokens - 1)
-            return 0
-        while True:
-            n = plan.cut(seq.num_tokens - match.num_tokens, tokens, whole)
-            if not n:
-                self.cache.await_better(seq.table.prefix, match, seq.num_tokens - 1)
-                return 0
-            claim = self._claim(seq, match.num_tokens + n)
-            if self.cache.admit(seq.table, match, claim, spare=spare, readmitted=readmitted):
-                break
-            if self.running or not match.num_tokens:
-                self.cache.await_better(seq.table.prefix, match, seq.num_tokens - 1)
-                return 0
-            # Alone, and the prefix itself is in the way (pinned, or splitting the only run): start from nothing.
-            match = NO_MATCH
-        if readmitted:
-            again = max(0, seq.num_tokens - 1 - match.num_tokens)
-            seq.recomputed_tokens += again
-            self.totals.recomputed_tokens += again
-            self.events.record(ev.REQUEST_RESUMED, seq.seq_id, detail="recompute")
-        else:
-            seq.admitted_at = self.events.time
-            seq.hit_tokens = match.num_tokens
-            self.totals.hit_tokens += match.num_tokens
-            self.totals.prompt_tokens += seq.prompt_len
-            self.events.record(ev.REQUEST_ADMITTED, seq.seq_id, detail=seq.request_id)
-        return n
-
-    def _claim(self, seq: Sequence, step_end: int) -> int:
-        """Tokens to have room for at admission: the reservation's word, within what one sequence can ever get."""
-        claim = self.policies.reservation.claim(seq, step_end, self.max_model_len)
-        return max(step_end, min(claim, self.cache.device.capacity * self.config.block_size))
-
-    def make_room(self, seq: Sequence, num_tokens: int, plan: Plan) -> bool:
-        """Grow a running sequence, at others' cost if need be; False if it was preempted itself."""
-        while not self.cache.grow(seq.table, num_tokens):
-            self._stands = False
-            oldest = min(self.running, key=lambda s: (s.group.order, s.sample_index))
-            candidates = [s for s in self.running if s is not oldest]
-            if not candidates:
-                if self.leaving:
-                    self._let_go()
-                    continue
-                raise PolicyError(
-                    f"sequence {seq.seq_id} is alone and has no room for {num_tokens} tokens: "
-                    f"allocator {type(self.cache.device.allocator).__name__} refuses blocks that are free"
-                )
-            victim = self.policies.preemption.choose(candidates)
-            if victim not in candidates:
-                raise PolicyError(
-                    f"preemption {type(self.policies.preemption).__name__} chose {victim!r}, which was not offered"
-                )
-            self._preempt(victim)
-            plan.entries.pop(victim, None)
-            plan.lost.add(victim)
-            if victim is seq:
-                return False
-        return True
-
-    def _preempt(self, seq: Sequence) -> None:
-        self._stop(seq)
-        swapped = self.policies.preemption.mode(seq) == "swap" and self.cache.swap_out(seq.table)
-        if not swapped:
-            self.cache.release(seq.table)
-        seq.num_preemptions += 1
-        self.totals.preemptions += 1
-        self.totals.swapped_out += swapped
-        seq.status = Status.WAITING
-        self.waiting.appendleft(seq)
-        self._ended.append(seq.seq_id)
-        self.events.record(ev.REQUEST_PREEMPTED, seq.seq_id, detail="swap" if swapped else "recompute")
-
-    def _stop(self, seq: Sequence) -> None:
-        """Take a running sequence out of the running; its blocks stay as they are."""
-        if seq.decoders is not None:
-            self._sync(seq)
-            self.decoders.leave(seq)
-        self.running.remove(seq)
-        self.undecided.pop(seq, None)
-        self.promised_seats -= seq.to_fork
-
-    def _let_go(self) -> None:
-        """Give up the blocks of those that had ended when this step was already planned."""
-        for seq in self.leaving:
-            self.cache.release(seq.table)
-        self.leaving = []
-        self._stands = False
 
     # ---- after the executor ------------------------------------------------------------------------------------
 
@@ -719,16 +521,6 @@ class Engine:
                     self._send(follower)
 
     # ---- looking in --------------------------------------------------------------------------------------------
-
-    def memory(self) -> Memory:
-        """Return where the device tier's token slots are now."""
-        return self.cache.memory(self.decoders.behind)
-
-    def tables(self) -> Iterable[BlockTable]:
-        """Return the block tables of every sequence that holds blocks in any tier."""
-        for seq in self.decoders.members:
-            self._sync(seq)
-        return [s.table for s in (*self.running, *self.waiting, *self.leaving)]
 
     def check(self) -> None:
         """Raise `InvariantBroken` unless law 1 holds now."""

@@ -17,7 +17,7 @@ from pagedlab.policies.prefetch import Waiting
 from pagedlab.policies.scheduler import Schedulable
 
 if TYPE_CHECKING:
-    from pagedlab.engine.engine import Engine
+    from pagedlab.engine.seats import Seats
 
 
 _FRONT = 16
@@ -27,7 +27,7 @@ _FRONT = 16
 class Queue(ReadOnly[Sequence]):
     """The waiting queue as it was when it was first asked for, whatever is admitted or preempted meanwhile."""
 
-    def __init__(self, engine: Engine, lost: set[Sequence]) -> None:
+    def __init__(self, engine: Seats, lost: set[Sequence]) -> None:
         self._waiting, self._lost = engine.waiting, lost
         self._size = len(engine.waiting)
         self._items = list(islice(engine.waiting, _FRONT))
@@ -59,7 +59,7 @@ class Queue(ReadOnly[Sequence]):
 class Plan:
     """One step in the making, as the scheduler sees it (`pagedlab.policies.scheduler.Step`)."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Seats) -> None:
         self._engine = engine
         self.running: ReadOnly[Sequence] = tuple(engine.undecided if engine.steady else engine.running)
         """Who holds blocks and has to be asked for: everyone, or only those that the engine does not let decode."""
