@@ -203,10 +203,11 @@ def test_the_yardstick_is_attention():
     assert error(out, expected) < 1e-14
 
 
+@pytest.mark.parametrize("head_size", [16, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_output_does_not_depend_on_the_company(dtype):
+def test_output_does_not_depend_on_the_company(dtype, head_size):
     lengths = [(1, 300), (40, 130), (1, 7), (97, 97)]
-    together = Case(lengths, dtype=dtype, block_size=16)
+    together = Case(lengths, dtype=dtype, block_size=16, head_size=head_size)
     try:
         outs = []
         for n in (1, 2, 3):
@@ -219,7 +220,7 @@ def test_output_does_not_depend_on_the_company(dtype):
     assert torch.equal(outs[0], outs[2])
     at = 0
     for s, (q, t) in enumerate(lengths):
-        alone = Case([(q, t)], dtype=dtype, block_size=16)
+        alone = Case([(q, t)], dtype=dtype, block_size=16, head_size=head_size)
         alone.query = together.query[at : at + q]
         alone.keys, alone.values = [together.keys[s]], [together.values[s]]
         assert torch.equal(alone.attend(CPUPaged(), Padded()), outs[0][at : at + q])
@@ -231,6 +232,24 @@ def test_a_nan_of_the_model_stays_a_nan(kernel):
     case = Case([(1, 70), (1, 70)], block_size=16)
     case.keys[1][40, 0, 3] = float("nan")
     out = case.attend(kernel(), Padded())
+    assert out[0].isfinite().all()
+    assert out[1, :2].isnan().all()
+    assert out[1, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16, 100])
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 70}, {"sliding_window": 9, "soft_cap": 5.0}], ids=str
+)
+@pytest.mark.parametrize("sizes", [{"head_size": 64}, {"head_size": 32, "value_size": 128}], ids=str)
+def test_wide_heads_of_bfloat16(sizes, options, block_size):
+    """The sizes that AVX-512 has its own loops for: odd groups, odd blocks, windows, no slot read that is not ours."""
+    lengths = [(1, 130), (31, 64), (1, 1), (20, 100), (1, 65)]
+    case = Case(lengths, group=5, block_size=block_size, dtype=torch.bfloat16, **sizes, **options)
+    assert error(case.attend(CPUPaged(), CSR()), case.expected()) < TOLERANCE[torch.bfloat16]
+    case = Case([(1, 70), (1, 70)], block_size=block_size, dtype=torch.bfloat16, **sizes)
+    case.keys[1][40, 0, 3] = float("nan")
+    out = case.attend(CPUPaged(), Padded())
     assert out[0].isfinite().all()
     assert out[1, :2].isnan().all()
     assert out[1, 2:].isfinite().all()

@@ -19,6 +19,7 @@ from pagedlab.engine.orders import DEVICE, HOST, Move, SequenceStep, StepOrders
 from pagedlab.engine.request import SamplingParams
 from pagedlab.errors import ConfigError, InvariantBroken, ModelNotServed
 from pagedlab.executors.model import ModelExecutor
+from pagedlab.executors.products import Panels, panels_work
 from pagedlab.registry import make
 
 VOCAB = 128
@@ -212,8 +213,8 @@ def test_every_kernel_and_layout_says_the_same(layout, kernel):
 
 def logits_of(executor, prompts):
     """Logits of every prompt's last token, all prompts in one step."""
-    executor.prepare(num_blocks=100, block_size=BLOCK, host_blocks=0, max_num_seqs=8)
-    free = list(range(100))
+    executor.prepare(num_blocks=400, block_size=BLOCK, host_blocks=0, max_num_seqs=len(prompts))
+    free = list(range(400))
     batch = [
         SequenceStep(i, p, 0, [free.pop() for _ in range(-(-len(p) // BLOCK))], 0, 1, 0, SamplingParams(), p)
         for i, p in enumerate(prompts)
@@ -226,15 +227,16 @@ def logits_of(executor, prompts):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fast_path_agrees_with_plain_path(name, dtype):
     model = build(name, dtype)
-    plain = logits_of(executor_for(copy.deepcopy(model), fast=False), prompts())
+    many = prompts(lengths=(3, 21, 40, 9, 1, 17, 5, 30, 12, 2, 26, 8) * 2)
+    plain = logits_of(executor_for(copy.deepcopy(model), fast=False), many)
     executor = executor_for(model)
     assert not any(note.startswith("plain") for note in executor.fast_path.notes), executor.fast_path.notes
-    fast = logits_of(executor, prompts())
-    exact = logits_of(executor_for(copy.deepcopy(executor.release()).double()), prompts())
+    fast = logits_of(executor, many)
+    exact = logits_of(executor_for(copy.deepcopy(executor.release()).double()), many)
     errors = [(x.double() - exact).norm(dim=-1) / exact.norm(dim=-1) for x in (plain, fast)]
-    # Not further from the truth than the plain path is, but for the luck of rounding. The median, as for an expert
-    # that rounding chooses otherwise.
-    assert errors[1].median() <= 2 * errors[0].median() + (1e-6 if dtype == torch.float32 else 1e-2)
+    # Not further from the truth than the plain path is, but for the luck of rounding. The median of many prompts, as
+    # one may have an expert that rounding chooses otherwise.
+    assert errors[1].median() <= 1.5 * errors[0].median() + (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def test_fast_path_takes_what_a_llama_has():
@@ -245,6 +247,7 @@ def test_fast_path_takes_what_a_llama_has():
         "22 linear layers prepacked (3 in groups of 2, 3 in groups of 3)",
         "3 attention layers without transposes",
         "3 gated MLPs with their activation in one loop",
+        *(["3 whole layers fused"] if panels_work(torch.float32) else []),
     ]
     executor.release()
     assert not any("forward" in vars(m) for m in model.modules())
@@ -481,3 +484,46 @@ def test_bytes_of_a_block():
     assert executor.kv_bytes_per_block == BLOCK * 3 * 2 * 2 * 16 * 8
     assert sum(t.nbytes for t in executor._tiers[DEVICE]) == 12 * executor.kv_bytes_per_block
     assert sum(t.nbytes for t in executor._tiers[HOST]) == 6 * executor.kv_bytes_per_block
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("outs", "ins"), [(50, 12), (96, 64), (1, 2), (47, 576), (961, 100)])
+def test_products_of_panels(dtype, outs, ins):
+    if not panels_work(dtype):
+        pytest.skip("no AVX-512 here")
+    torch.manual_seed(0)
+    for bias in (True, False):
+        layer = torch.nn.Linear(ins, outs, bias=bias).to(dtype)
+        panels = Panels([layer])
+        for rows in (0, 1, 2, 3, 7, 8, 9, 16, 17, 131):
+            x = torch.randn(2, rows, ins).to(dtype)
+            with torch.inference_mode():
+                ours, exact = panels(x), layer.double()(x.double())
+                layer.to(dtype)
+            assert ours.shape == exact.shape
+            assert ours.dtype == dtype
+            torch.testing.assert_close(
+                ours.double(), exact, atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=1e-2
+            )
+        # A row's numbers do not depend on its company.
+        assert torch.equal(panels(x[:, 5:6]), panels(x)[:, 5:6])
+        x[0, 3, 1], x[1, 2, 0] = torch.nan, torch.inf
+        ours = panels(x)
+        assert ours[0, 3].isnan().all()
+        assert not ours[1, 2].isfinite().any()
+        assert ours[1, 3:].isfinite().all()
+        with pytest.raises(ValueError):
+            panels(x[..., :-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("without", ["panels", "place"])
+def test_fast_path_without_its_fastest_parts(monkeypatch, dtype, without):
+    model = build("Qwen3", dtype, intermediate_size=100)  # not a multiple of a panel
+    fast = logits_of(executor_for(copy.deepcopy(model)), prompts())
+    if without == "panels":
+        monkeypatch.setattr("pagedlab.executors.products.panels_work", lambda dtype: False)
+    executor = executor_for(model, kernel="cpu-paged" if without == "panels" else "dense")
+    assert ("3 whole layers fused" in executor.fast_path.notes) == (without == "place" and panels_work(dtype))
+    other = logits_of(executor, prompts())
+    assert (fast - other).norm() / other.norm() < (1e-4 if dtype == torch.float32 else 0.2)

@@ -266,6 +266,9 @@ def test_every_policy_of_every_slot_can_be_chosen() -> None:
     form = ConfigForm()
     for slot in registry.SLOTS:
         for row in pl.list_policies(slot):
+            if getattr(registry.lookup_class(slot, row["name"]), "needs_future", False):
+                assert row["name"] not in form.slot(slot).choice.options, "no run can serve it"
+                continue
             form.slot(slot).choice.value = row["name"]
             policy = form.slot(slot).policy()
             assert policy.name == row["name"]

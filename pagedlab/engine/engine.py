@@ -420,6 +420,8 @@ class Engine(Seats):
             moves=num_moves,
             preemptions=self.totals.preemptions,
             memory=last if first is None else first,
+            context_tokens=work.context_tokens,
+            prefill_pairs=work.prefill_pairs,
             count=count,
             growth=growth,
         )

@@ -29,6 +29,10 @@ class StepRecord:
     preemptions: int
     """Since the run began."""
     memory: Memory
+    context_tokens: int = 0
+    """Sum of the decoding sequences' lengths: the keys they read."""
+    prefill_pairs: int = 0
+    """Query-key pairs of the prompt chunks."""
     count: int = 1
     growth: int = 0
 
@@ -50,6 +54,7 @@ class StepRecord:
                 step=self.step + i,
                 start=self.end(i - 1) if i else self.start,
                 duration=self.duration + i * self.growth,
+                context_tokens=self.context_tokens + more,
                 moves=0 if i else self.moves,
                 memory=m._replace(
                     stored=m.stored + more, reserved=reserved, internal=held - m.stored - more - reserved

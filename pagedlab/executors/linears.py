@@ -27,7 +27,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pagedlab.executors import loops
+from pagedlab.executors.layers import Buffers, FusedLayer
 from pagedlab.executors.probe import NOT_PAGED, AttentionLayer, NotPaged
+from pagedlab.executors.products import OneDNN, Panels, product
 
 # Largest relative difference (Frobenius norm) between a plain module and its replacement, and between whole models.
 _MODULE_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -73,8 +75,9 @@ class FastPath:
         norms = self._norms(calls, bound)
         if _can_prepack(model, self.notes):
             packed = self._linears(calls, bound)
-            self._attentions(calls, layers, norms, packed, bound)
-            self._gated(calls, packed, bound)
+            attentions = self._attentions(calls, layers, norms, packed, bound)
+            gated = self._gated(calls, packed, bound)
+            self._layers(calls, norms, attentions, gated, bound)
         try:
             error = relative_error(forward(), plain)
         except Exception as fault:
@@ -126,7 +129,9 @@ class FastPath:
             self.notes.append(f"{len(taken)} of {seen} RMSNorms in one loop")
         return taken
 
-    def _linears(self, calls: dict[nn.Module, _Call], bound: float) -> dict[nn.Module, _Packed | _Sibling]:
+    def _linears(
+        self, calls: dict[nn.Module, _Call], bound: float
+    ) -> dict[nn.Module, OneDNN | Panels | _Sibling]:
         families: dict[tuple[int, int], list[nn.Module]] = {}
         parents = {child: parent for parent in calls for child in parent.children()}
         for module, call in calls.items():
@@ -136,14 +141,16 @@ class FastPath:
             ):
                 # The watched calls hold their inputs alive, so an id stands for one tensor.
                 families.setdefault((id(call.args[0]), id(parents.get(module))), []).append(module)
-        taken: dict[nn.Module, _Packed | _Sibling] = {}
+        taken: dict[nn.Module, OneDNN | Panels | _Sibling] = {}
         sizes: Counter[int] = Counter()
         for family in families.values():
             if len(family) > 1:
                 group = _Group(family)
-                replacements: list[_Packed | _Sibling] = [_Sibling(group, i) for i in range(len(family))]
+                replacements: list[OneDNN | Panels | _Sibling] = [
+                    _Sibling(group, i) for i in range(len(family))
+                ]
             else:
-                replacements = [_Packed(family)]
+                replacements = [product(family)]
             if all(_agrees(r, calls[m], bound) for m, r in zip(family, replacements, strict=True)):
                 for module, replacement in zip(family, replacements, strict=True):
                     taken[module] = replacement
@@ -161,10 +168,10 @@ class FastPath:
         calls: dict[nn.Module, _Call],
         layers: dict[nn.Module, AttentionLayer],
         norms: dict[nn.Module, _Norm],
-        packed: dict[nn.Module, _Packed | _Sibling],
+        packed: dict[nn.Module, OneDNN | Panels | _Sibling],
         bound: float,
-    ) -> None:
-        taken = 0
+    ) -> dict[nn.Module, _RotaryAttention]:
+        taken: dict[nn.Module, _RotaryAttention] = {}
         for module, layer in layers.items():
             parts = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
             if module not in calls or any(part not in packed for part in parts):
@@ -181,13 +188,14 @@ class FastPath:
             attention = _RotaryAttention(module, layer, first.group.packed, packed[parts[3]], q_norm, k_norm)  # type: ignore[index]
             if attention.fits(calls[module]) and _agrees(attention, calls[module], bound):
                 self._swap(module, attention)
-                taken += 1
-        self.notes.append(f"{taken} attention layers without transposes")
+                taken[module] = attention
+        self.notes.append(f"{len(taken)} attention layers without transposes")
+        return taken
 
     def _gated(
-        self, calls: dict[nn.Module, _Call], packed: dict[nn.Module, _Packed | _Sibling], bound: float
-    ) -> None:
-        taken = 0
+        self, calls: dict[nn.Module, _Call], packed: dict[nn.Module, OneDNN | Panels | _Sibling], bound: float
+    ) -> dict[nn.Module, _GatedMLP]:
+        taken: dict[nn.Module, _GatedMLP] = {}
         for module, call in calls.items():
             gate, up, down = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
             first, last = packed.get(gate), packed.get(down)  # type: ignore[arg-type]
@@ -196,9 +204,54 @@ class FastPath:
             gated = _GatedMLP(first.group.packed, last)
             if _is_silu(getattr(module, "act_fn", None)) and _agrees(gated, call, bound):
                 self._swap(module, gated)
-                taken += 1
+                taken[module] = gated
         if taken:
-            self.notes.append(f"{taken} gated MLPs with their activation in one loop")
+            self.notes.append(f"{len(taken)} gated MLPs with their activation in one loop")
+        return taken
+
+    def _layers(
+        self,
+        calls: dict[nn.Module, _Call],
+        norms: dict[nn.Module, _Norm],
+        attentions: dict[nn.Module, _RotaryAttention],
+        gated: dict[nn.Module, _GatedMLP],
+        bound: float,
+    ) -> None:
+        taken: list[nn.Module] = []
+        buffers = Buffers()
+        for module, call in calls.items():
+            parts = dict(module.named_children())
+            if set(parts) != {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}:
+                continue
+            before, between = (
+                norms.get(parts["input_layernorm"]),
+                norms.get(parts["post_attention_layernorm"]),
+            )
+            attention, mlp = attentions.get(parts["self_attn"]), gated.get(parts["mlp"])
+            if before is None or between is None or attention is None or mlp is None:
+                continue
+            packs = (attention.qkv, attention.out, mlp.both, mlp.down)
+            if not all(isinstance(p, Panels) for p in packs) or mlp.both.bias is not None:
+                continue
+            try:
+                layer = FusedLayer(
+                    parts["self_attn"],
+                    attention.layer,
+                    (before.terms, between.terms),
+                    (
+                        None if attention.q_norm is None else attention.q_norm.terms,
+                        None if attention.k_norm is None else attention.k_norm.terms,
+                    ),
+                    *packs,  # type: ignore[arg-type]
+                    buffers,
+                )
+            except ValueError:
+                continue
+            if _agrees(layer, call, bound) and _same_wiring(layer, module, call, bound):
+                self._swap(module, layer)
+                taken.append(module)
+        if taken:
+            self.notes.append(f"{len(taken)} whole layers fused")
 
 
 def _is_silu(activation: Any) -> bool:
@@ -213,7 +266,8 @@ def strip(model: PreTrainedModel) -> None:
     """Take out every replacement, also those of an executor that was dropped without `release`."""
     for module in model.modules():
         if isinstance(
-            module.__dict__.get("forward"), _Packed | _Sibling | _Norm | _RotaryAttention | _GatedMLP
+            module.__dict__.get("forward"),
+            OneDNN | Panels | _Sibling | _Norm | _RotaryAttention | _GatedMLP | FusedLayer,
         ):
             del module.forward
 
@@ -234,6 +288,19 @@ def _agrees(replacement: Callable[..., Any], call: _Call, bound: float) -> bool:
         return False
     same = output.shape == call.output.shape and output.dtype == call.output.dtype
     return same and relative_error(output, call.output) <= bound
+
+
+def _same_wiring(replacement: Callable[..., Any], module: nn.Module, call: _Call, bound: float) -> bool:
+    """Whether a layer agrees for a small input too.
+
+    The residual, which both have, is most of a layer's output and in bfloat16 could hide what is added to it. A norm
+    undoes the factor, the residual does not.
+    """
+    if not call.args:
+        return False
+    small = _Call((call.args[0] / 256, *call.args[1:]), call.kwargs, call.output)
+    small.output = _first(module(*small.args, **small.kwargs))
+    return _agrees(replacement, small, bound)
 
 
 def _watch(
@@ -286,43 +353,17 @@ def _available_memory() -> int | None:
         return None
 
 
-def _weight(member: nn.Module) -> torch.Tensor:
-    """Weight of a linear layer, [out, in]."""
-    weight = member.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.detach().t() if isinstance(member, Conv1D) else weight.detach()
-
-
-class _Packed:
-    """One product for one or more linear layers that share their input: ``x`` [..., in] -> [..., sum of outs]."""
-
-    def __init__(self, members: list[nn.Module]) -> None:
-        weights = [_weight(member) for member in members]
-        self.sizes = [w.shape[0] for w in weights]
-        self.bias: torch.Tensor | None = None
-        if any(m.bias is not None for m in members):
-            biases: list[Any] = [
-                w.new_zeros(w.shape[0]) if m.bias is None else m.bias for m, w in zip(members, weights)
-            ]
-            self.bias = torch.cat([b.detach() for b in biases])
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights).contiguous(), None)
-        self._product = torch.ops.mkldnn._linear_pointwise.default
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._product(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
-
-
 @dataclass(eq=False)
 class _Group:
     """Siblings: the first one called computes for all; the others find their part if they bring the same tensor."""
 
     members: list[nn.Module]
-    packed: _Packed = field(init=False)
+    packed: OneDNN | Panels = field(init=False)
     source: torch.Tensor | None = None
     parts: list[torch.Tensor | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.packed = _Packed(self.members)
+        self.packed = product(self.members)
 
     def clear(self) -> None:
         self.source, self.parts = None, []
@@ -354,6 +395,7 @@ class _Norm:
 
     def __init__(self, scale: torch.Tensor, eps: float) -> None:
         self.scale, self.eps = scale, eps
+        self.terms = scale, eps
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] != self.scale.shape[0]:
@@ -364,7 +406,7 @@ class _Norm:
 class _GatedMLP:
     """``down(silu(gate(x)) * up(x))`` (Shazeer 2020, SwiGLU), gate and up in one product."""
 
-    def __init__(self, both: _Packed, down: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, both: OneDNN | Panels, down: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.both, self.down = both, down
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -378,7 +420,7 @@ class _RotaryAttention:
         self,
         module: nn.Module,
         layer: AttentionLayer,
-        qkv: _Packed,
+        qkv: OneDNN | Panels,
         out: Callable[[torch.Tensor], torch.Tensor],
         q_norm: _Norm | None = None,
         k_norm: _Norm | None = None,

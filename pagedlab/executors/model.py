@@ -30,9 +30,10 @@ from pagedlab.engine.orders import TIER_NAMES, Move, SequenceStep, StepOrders, S
 from pagedlab.errors import ConfigError, InvariantBroken
 from pagedlab.executors.linears import FastPath
 from pagedlab.executors.loading import dtype_name, load_model
-from pagedlab.executors.probe import probe_logits
+from pagedlab.executors.probe import Place, probe_logits
 from pagedlab.executors.sampling import sample
 from pagedlab.kernels.base import AttentionBatch, PagedAttention
+from pagedlab.kernels.cpu import CPUPagedAttention
 from pagedlab.policies.kernel import Kernel
 from pagedlab.policies.layout import Layout
 
@@ -261,15 +262,16 @@ class _PagedStep:
         self,
         module: torch.nn.Module,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         scale: float,
         sliding_window: int | None,
         soft_cap: float | None,
     ) -> torch.Tensor:
         key_cache, value_cache = self.caches[module]
-        self.attention.write(key_cache, key, self.batch)
-        self.attention.write(value_cache, value, self.batch)
+        if key is not None and value is not None:
+            self.attention.write(key_cache, key, self.batch)
+            self.attention.write(value_cache, value, self.batch)
         return self.attention.attend(
             query,
             key_cache,
@@ -278,6 +280,20 @@ class _PagedStep:
             scale=scale,
             sliding_window=sliding_window,
             soft_cap=soft_cap,
+        )
+
+    def place(self, module: torch.nn.Module, dtype: torch.dtype) -> Place | None:
+        key_cache, value_cache = self.caches[module]
+        # Only of this kernel is it known how its caches lie in memory.
+        if type(self.attention) is not CPUPagedAttention or not key_cache.dtype == value_cache.dtype == dtype:
+            return None
+        if key_cache.shape != value_cache.shape:
+            return None
+        return (
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+            self.batch.slots.ctypes.data,
+            self.batch.block_size,
         )
 
 

@@ -53,6 +53,10 @@ class NotPaged(ModelNotServed):
     """A model of a `ModelExecutor` was called without a paged cache behind it."""
 
 
+Place = tuple[int, int, int, int]
+"""Addresses of a key and a value cache [block, head, token, channel] and of the tokens' slots (int64), block size."""
+
+
 class AttentionSink(Protocol):
     """What stands behind `paged_attention` for the length of one forward pass."""
 
@@ -60,13 +64,19 @@ class AttentionSink(Protocol):
         self,
         module: torch.nn.Module,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         scale: float,
         sliding_window: int | None,
         soft_cap: float | None,
     ) -> torch.Tensor:
-        """Return [num_tokens, num_heads, value_size] for contiguous query, key, value [num_tokens, heads, size]."""
+        """Return [num_tokens, num_heads, value_size] for contiguous query, key, value [num_tokens, heads, size].
+
+        ``key`` and ``value`` are None if they are where `place` said already.
+        """
+
+    def place(self, module: torch.nn.Module, dtype: torch.dtype) -> Place | None:
+        """Say where keys and values of ``dtype`` may be written to straight away, or None if only `attend` knows."""
 
 
 def paged_attention(
@@ -144,12 +154,14 @@ class _Probe:
         self,
         module: torch.nn.Module,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         scale: float,
         sliding_window: int | None,
         soft_cap: float | None,
     ) -> torch.Tensor:
+        assert key is not None
+        assert value is not None
         self.calls += 1
         if getattr(module, "is_causal", True) is False:
             raise ModelNotServed(f"{type(module).__name__} attends in both directions; a causal LM is needed")
@@ -170,6 +182,9 @@ class _Probe:
             weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
             out.append((weights @ v.repeat_interleave(group, 0)).transpose(0, 1))
         return torch.cat(out)
+
+    def place(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
+        return None
 
 
 _PROBE_LENGTHS = (17, 11)

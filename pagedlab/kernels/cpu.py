@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 
 from pagedlab.kernels.base import AttentionBatch
 from pagedlab.kernels.layouts import device_functions
+from pagedlab.kernels.wide import fits, wide_tile
 from pagedlab.policies.layout import Layout
 
 KEY_TILE = 64
@@ -456,6 +457,30 @@ def _write(cache, new, slots):
 
 # --- the implementation ---------------------------------------------------------------------------------------------
 
+# numba's fallback thread pool (workqueue) ends the process when two Python threads enter it at once, and a notebook
+# runs engines in threads; with OpenMP, where torch and numba share one pool, the lock costs nothing.
+_one_launch = threading.Lock()
+
+
+@functools.cache
+def _most_threads() -> int:
+    """Start numba's pool and return its size."""
+    threads = torch.get_num_threads()
+    most = int(numba.get_num_threads())
+    # Starting numba's pool sizes the OpenMP pool that it shares with torch; put torch's size back.
+    torch.set_num_threads(threads)
+    return most
+
+
+def launch(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a parallel numba function with ``arguments`` and, last, the number of threads: as many as torch uses."""
+    threads = min(torch.get_num_threads(), _most_threads())
+    with _one_launch:
+        if numba.get_num_threads() != threads:
+            numba.set_num_threads(threads)
+        function(*arguments, threads)
+
+
 _AS_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 
@@ -474,20 +499,13 @@ class CPUPagedAttention:
 
     axis_order: tuple[str, ...] = ("block", "head", "token", "channel")
 
-    # numba's fallback thread pool (workqueue) ends the process when two Python threads enter it at once, and a notebook
-    # runs engines in threads; with OpenMP, where torch and numba share one pool, the lock costs nothing.
-    _one_launch = threading.Lock()
-
     def __init__(self, layout: Layout, **params: Any) -> None:
         block_of = device_functions(layout).numba
         block_of = getattr(block_of, "py_func", block_of)
         code = block_of.__code__
         digest = hashlib.sha256(code.co_code + repr((code.co_consts, code.co_names)).encode()).hexdigest()
         self._batch_loop = _batch_loop(block_of, digest)
-        threads = torch.get_num_threads()
-        self._most_threads = numba.get_num_threads()
-        # Starting numba's pool sizes the OpenMP pool that it shares with torch; put torch's size back.
-        torch.set_num_threads(threads)
+        _most_threads()
 
     def allocate(
         self,
@@ -518,39 +536,39 @@ class CPUPagedAttention:
         soft_cap: float | None = None,
     ) -> torch.Tensor:
         """Return [num_tokens, num_heads, value_head_size]; see `pagedlab.kernels.base`."""
-        wide = torch.float64 if key_cache.dtype == torch.float64 else torch.float32
+        dtype = key_cache.dtype
+        computed = torch.float64 if dtype == torch.float64 else torch.float32
         num_tokens, num_heads, size = query.shape
         _, num_kv_heads, block_size, value_size = value_cache.shape
         if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
             raise ValueError("cpu-paged reads cache tensors by address: they must be contiguous")
-        q = query.to(wide).contiguous()
-        out = torch.empty(num_tokens, num_heads, value_size, dtype=wide)
+        if query.dtype == dtype and fits(dtype, size, value_size):
+            computed, tile = dtype, wide_tile(dtype)
+        else:
+            tile = _tile(dtype)
+        q = query.to(computed).contiguous()
+        out = torch.empty(num_tokens, num_heads, value_size, dtype=computed)
         if num_tokens == 0:
             return out.to(query.dtype)
-        tile = _tile(key_cache.dtype)
-        threads = min(torch.get_num_threads(), self._most_threads)
-        with self._one_launch:
-            if numba.get_num_threads() != threads:
-                numba.set_num_threads(threads)
-            self._batch_loop(
-                tile.address,
-                q.data_ptr(),
-                key_cache.data_ptr(),
-                value_cache.data_ptr(),
-                out.data_ptr(),
-                num_kv_heads,
-                num_heads // num_kv_heads,
-                size,
-                value_size,
-                block_size,
-                batch.query_start,
-                batch.context_lens,
-                batch.rows,
-                batch.entries,
-                batch.index,
-                float(scale),
-                sliding_window or 0,
-                float(soft_cap or 0.0),
-                threads,
-            )
-        return out if wide == query.dtype else out.to(query.dtype)
+        launch(
+            self._batch_loop,
+            tile.address,
+            q.data_ptr(),
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+            out.data_ptr(),
+            num_kv_heads,
+            num_heads // num_kv_heads,
+            size,
+            value_size,
+            block_size,
+            batch.query_start,
+            batch.context_lens,
+            batch.rows,
+            batch.entries,
+            batch.index,
+            float(scale),
+            sliding_window or 0,
+            float(soft_cap or 0.0),
+        )
+        return out if computed == query.dtype else out.to(query.dtype)

@@ -16,7 +16,7 @@ from pagedlab.errors import ResultsError
 from pagedlab.events import Event
 from pagedlab.lab import page
 from pagedlab.lab.environment import environment
-from pagedlab.lab.measures import MEMORY_KINDS, Columns, summarise
+from pagedlab.lab.measures import MEMORY_KINDS, Columns, Goodput, goodput, summarise
 from pagedlab.lab.steps import tables
 
 if TYPE_CHECKING:
@@ -57,10 +57,13 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "decode_tokens",
         "moves",
         "preemptions",
+        "context_tokens",
+        "prefill_pairs",
     ),
     "events": Event._fields[:-1],
     "memory": ("step", "time", *_KINDS, *(f"{kind}_share" for kind in _KINDS)),
     "outputs": ("request_id", "sample", "prompt", "text", "tokens"),
+    "spans": ("seq", "first_step", "steps"),
 }
 """The tables of a run, as files of a saved one are called, and their columns."""
 
@@ -200,6 +203,14 @@ class Run:
         """The run in numbers: see `pagedlab.lab.measures.summarise` for what each one means."""
         return dict(self._summary)
 
+    def goodput(self, *, ttft: float | None = None, tpot: float | None = None) -> Goodput:
+        """Return how many requests met a service level: share of those finished, per second, and the counts.
+
+        A request meets it if its first token came within ``ttft`` seconds of its arrival and the others took ``tpot``
+        seconds each on average, or less. `ConfigError` if neither is given, or one is no number above 0.
+        """
+        return goodput(self._columns, ttft=ttft, tpot=tpot)
+
     @cached_property
     def _summary(self) -> dict[str, Any]:
         return summarise(self._columns, self.facts)
@@ -295,6 +306,15 @@ class _Tables(dict[str, Columns]):
                 for g, s in self._sequences
             )
             self[table] = _transpose(COLUMNS[table], said)
+        elif table == "spans":
+            self[table] = _transpose(
+                COLUMNS[table],
+                (
+                    {"seq": s.seq_id, "first_step": first, "steps": count}
+                    for _, s in self._sequences
+                    for first, count in s.spans
+                ),
+            )
         elif table == "events":
             events = engine.events.columns()
             events["time"] = [to_seconds(t) for t in events["time"]]

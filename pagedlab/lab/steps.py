@@ -13,7 +13,7 @@ from pagedlab.engine.records import StepRecord
 
 _KINDS = ("stored", "reserved", "internal", "external", "cached", "free", "saved")
 _FIELDS = ("step", "start", "duration", "count", "growth", "num_running", "num_waiting", "prefill_tokens",
-           "decode_tokens", "moves", "preemptions")  # fmt: skip
+           "decode_tokens", "moves", "preemptions", "context_tokens", "prefill_pairs")  # fmt: skip
 
 
 def tables(
@@ -52,6 +52,8 @@ def tables(
         "decode_tokens": f["decode_tokens"].tolist(),
         "moves": np.where(i == 0, f["moves"], 0).tolist(),
         "preemptions": f["preemptions"].tolist(),
+        "context_tokens": (f["context_tokens"] + more).tolist(),
+        "prefill_pairs": f["prefill_pairs"].tolist(),
     }
     memory = {
         "step": step,
