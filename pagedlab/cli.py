@@ -23,7 +23,7 @@ from pagedlab.errors import ConfigError, PagedLabError, nearest
 if TYPE_CHECKING:
     from pagedlab.config import Config
 
-BENCHMARKS = ("engine", "cache", "kernel", "replay")
+BENCHMARKS = ("engine", "cache", "kernel", "replay", "simulate")
 _POOL = 512
 """Blocks of `generate`'s pool, unless told otherwise: room for a few sequences of 2,048 tokens."""
 
@@ -440,7 +440,7 @@ def data_fetch(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="engine, cache, kernel or replay.")],
+    name: Annotated[str, typer.Argument(help="engine, cache, kernel, replay or simulate.")],
     json: Json = False,
 ) -> None:
     """Measure one part against what else there is, in one process, alternating."""

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pagedlab as pl
 from pagedlab.config import Config
 from pagedlab.costs.base import CostModel, StepWork
 from pagedlab.engine.clock import StepClock, VirtualClock
@@ -267,3 +268,17 @@ def test_requests_that_come_together_share_their_prefix_if_they_wait_for_it(wait
     ]
     engine = simulated(Config(wait_for_prefix=wait, block_size=4), requests, None, StepClock(), skip=True)
     assert [s.hit_tokens for s in sorted(engine.finished, key=lambda s: s.seq_id)] == [0, *[100 * wait] * 2]
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_the_real_model_and_its_simulation_write_the_same_log(pipelined: bool) -> None:
+    """`tiny` under memory pressure, texts and all; keys included."""
+    config = Config(
+        num_blocks=40, block_size=16, max_num_seqs=6, async_scheduling=pipelined, max_model_len=512
+    )
+    workload = pl.workloads.chat(conversations=4, turns=2, max_tokens=12)
+    real = pl.run(config, workload, clock="step", progress=False)
+    simulated_run = pl.simulate(config, workload, clock="step", outputs=real, progress=False)
+    assert real.columns("events") == simulated_run.columns("events")
+    assert real.columns("requests") == simulated_run.columns("requests")
+    assert real.columns("memory") == simulated_run.columns("memory")

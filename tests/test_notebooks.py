@@ -16,6 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 BUDGET_S = 60
 """Longest that a cell may take, and so the most that a hanging one costs."""
+DATA = Path(os.environ.get("PAGEDLAB_DATA") or ROOT.parent / "shared" / "data").resolve()
+"""Real traces and runs, which do not ship. Notebooks must do without."""
+TRACES = ROOT / "notebooks" / "02_traces_and_simulation.ipynb"
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
@@ -28,16 +31,17 @@ def test_there_are_notebooks() -> None:
     assert NOTEBOOKS
 
 
-@every_notebook
-@pytest.mark.slow
-def test_runs(path: Path, tmp_path: Path) -> None:
+def execute(path: Path, tmp_path: Path, **more: str) -> tuple[Any, str]:
+    """Run a notebook from top to bottom; return it with its outputs, and what it printed."""
     notebook = nbformat.read(path, as_version=4)
     env = {
         **os.environ,
         "PAGEDLAB_FAST": "1",
+        "PAGEDLAB_DATA": str(DATA),
         "HF_HUB_OFFLINE": "1",
         "IPYTHONDIR": str(tmp_path / "ipython"),
         "MPLCONFIGDIR": str(tmp_path / "matplotlib"),
+        **more,
     }
     client = NotebookClient(
         notebook,
@@ -50,8 +54,44 @@ def test_runs(path: Path, tmp_path: Path) -> None:
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
     # What it writes is meant for the reader: no warnings, no progress bars left behind.
-    complaints = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stderr")
-    assert not re.search(r"Traceback|Warning|Error", complaints), complaints
+    streams = dict.fromkeys(("stdout", "stderr"), "")
+    for output in outputs:
+        if output.output_type == "stream":
+            streams[output.name] += output.text
+    assert not re.search(r"Traceback|Warning|Error", streams["stderr"]), streams["stderr"]
+    return notebook, streams["stdout"]
+
+
+def figures(notebook: Any) -> int:
+    return sum(
+        "image/png" in output.get("data", {}) for cell in code_cells(notebook) for output in cell.outputs
+    )
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p != TRACES], ids=lambda p: p.stem)
+@pytest.mark.slow
+def test_runs(path: Path, tmp_path: Path) -> None:
+    execute(path, tmp_path)
+
+
+@pytest.mark.slow
+def test_traces_runs_on_real_data(tmp_path: Path) -> None:
+    if not (DATA / "mooncake").is_dir() or not (DATA / "vllm_runs").is_dir():
+        pytest.skip("real traces are not at hand: PAGEDLAB_DATA names no folder with them")
+    notebook, said = execute(TRACES, tmp_path)
+    assert "Real requests" in said
+    assert "Skipped" not in said
+    assert figures(notebook) == 5
+
+
+@pytest.mark.slow
+def test_traces_runs_without_data_and_says_so(tmp_path: Path) -> None:
+    notebook, said = execute(
+        TRACES, tmp_path, PAGEDLAB_DATA="nowhere", PAGEDLAB_CACHE=str(tmp_path / "cache")
+    )
+    assert "Made-up requests" in said
+    assert "Skipped: the measured run is not at hand" in said
+    assert figures(notebook) == 4
 
 
 @every_notebook

@@ -1,4 +1,5 @@
-"""What is measured: `cache` (bookkeeping), `engine` (tokens a second on a real model), `kernel` (attention).
+"""What is measured: `cache` (bookkeeping), `engine` (tokens a second on a real model), `kernel` (attention),
+`replay` (one cache, a stream of accesses), `simulate` (the engine on a virtual clock).
 
 Each module has a ``main(json)`` that the command line calls. Contenders run side by side in one process, alternating;
 medians and ratios are reported.

@@ -240,6 +240,14 @@ def _explain(error: Exception, name: str, local: bool) -> ConfigError | ModelNot
     return ConfigError(f"{name} cannot be loaded ({type(error).__name__}: {text[:200]})")
 
 
+def read_tokenizer(source: str | Path) -> Any:
+    """Return the tokenizer of a model by name or folder, without its weights; `ConfigError` if it has none."""
+    tokenizer = _read_tokenizer(locate(source))
+    if tokenizer is None:
+        raise ConfigError(f"{source} has no tokenizer")
+    return tokenizer
+
+
 def _read_tokenizer(location: str | Path) -> Any | None:
     try:
         return AutoTokenizer.from_pretrained(

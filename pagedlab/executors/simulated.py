@@ -32,11 +32,16 @@ class SimulatedExecutor:
         outputs: Outputs | None = None,
         max_model_len: int = 1 << 40,
         bytes_per_token: int = 0,
+        vocab_size: int | None = None,
+        tokenize: Callable[[str], list[int]] | None = None,
     ) -> None:
         self.cost = cost
         self.outputs = outputs
         self.max_model_len = max_model_len
         self.bytes_per_token = bytes_per_token
+        self.vocab_size = vocab_size
+        """Token ids there are, for prompts that are to look as they do to a model; None takes any."""
+        self.tokenize = tokenize
         self.moved_bytes: dict[str, int] = {"to_host": 0, "to_device": 0}
         """Bytes moved between tiers since `prepare`."""
         self._transfer = 0

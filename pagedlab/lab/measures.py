@@ -5,36 +5,46 @@ Memory is averaged over time: each step counts as long as it took. Nothing here 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
+from itertools import compress
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
+from pagedlab.errors import ConfigError
+
+Array = NDArray[np.float64]
 Columns = dict[str, list[Any]]
 
 MEMORY_KINDS = ("stored", "reserved", "internal", "external", "cached", "free")
 """Where a token slot can be; together they are the pool."""
-_QUANTILES = (50, 95, 99)
+_QUANTILES = (50, 90, 95, 99)
+_SPREAD = ("queue_time", "ttft", "tpot", "latency")
+_DONE = ("stop", "length")
 
 
 def summarise(columns: dict[str, Columns], facts: dict[str, Any]) -> dict[str, Any]:
     """Return the run in numbers. What cannot be said (no output, no step) is None.
 
-    ``tokens_per_s`` counts output tokens from the start of the first step to the end of the last. ``ttft``,
-    ``tpot`` and ``latency`` (with ``_mean``, ``_p50``, ``_p95``, ``_p99``) are seconds from arrival to the first
-    token, per token after it, and from arrival to the end, of sequences that finished. ``hit_ratio`` is the share
-    of prompt tokens found in the cache at first admission. ``waste`` is the share of the memory held by running
+    ``tokens_per_s`` counts output tokens from the start of the first step to the end of the last. ``queue_time``,
+    ``ttft``, ``tpot`` and ``latency`` (with ``_mean``, ``_p50``, ``_p90``, ``_p95``, ``_p99``) are seconds from arrival
+    to first admission, from arrival to the first token, per token after it, and from arrival to the end, of sequences
+    that finished. ``itl`` is the time between one token and the next, all such pairs of these sequences pooled: a
+    stall shows in its percentiles, where a sequence's ``tpot`` averages over it. ``hit_ratio`` is the share of
+    prompt tokens found in the cache at first admission. ``waste`` is the share of the memory held by running
     sequences that stores nothing: (reserved + internal + external) / (stored + reserved + internal + external).
     ``mean_batch_size`` is in sequences.
     """
     requests, steps, totals = columns["requests"], columns["steps"], facts["totals"]
     reasons = requests["finish_reason"]
     output = sum(requests["output_tokens"])
-    duration = steps["start"][-1] + steps["duration"][-1] - steps["start"][0] if steps["start"] else 0.0
+    duration = _duration(steps)
     summary: dict[str, Any] = {
         "requests": len(set(requests["request_id"])),
         "sequences": len(reasons),
-        "finished": sum(r in ("stop", "length") for r in reasons),
+        "finished": sum(r in _DONE for r in reasons),
         "refused": sum(r == "refused" for r in reasons),
         "failed": sum(r == "error" for r in reasons),
         "cancelled": sum(r == "cancelled" for r in reasons),
@@ -45,10 +55,10 @@ def summarise(columns: dict[str, Columns], facts: dict[str, Any]) -> dict[str, A
         "output_tokens": output,
         "tokens_per_s": output / duration if duration > 0 else None,
     }
-    finished = [r in ("stop", "length") for r in reasons]
-    for name in ("ttft", "tpot", "latency"):
-        values = [v for v, f in zip(requests[name], finished) if f and v is not None]
-        summary.update(_spread(name, values))
+    finished = [r in _DONE for r in reasons]
+    for name in _SPREAD:
+        summary.update(_spread(name, _known(requests[name], finished)))
+    summary.update(_spread("itl", *inter_token(columns)))
     shares = memory_shares(columns)
     summary |= {
         "hit_ratio": totals["hit_tokens"] / totals["prompt_tokens"] if totals["prompt_tokens"] else None,
@@ -69,17 +79,117 @@ def summarise(columns: dict[str, Columns], facts: dict[str, Any]) -> dict[str, A
     return summary
 
 
-def _spread(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    if not values:
+def _duration(steps: Columns) -> float:
+    return steps["start"][-1] + steps["duration"][-1] - steps["start"][0] if steps["start"] else 0.0
+
+
+def _known(values: list[float | None], wanted: list[bool]) -> Array:
+    return np.array([v for v in compress(values, wanted) if v is not None], dtype=float)
+
+
+def _spread(name: str, values: Array, counts: NDArray[np.int64] | None = None) -> dict[str, float | None]:
+    """Return mean and percentiles of ``values``, the i-th of which occurs ``counts[i]`` times (None: once)."""
+    if not len(values):
         return dict.fromkeys([f"{name}_mean", *(f"{name}_p{q}" for q in _QUANTILES)])
-    marks = np.percentile(values, _QUANTILES)
-    spread: dict[str, float | None] = {f"{name}_mean": float(np.mean(values))}
+    marks = np.percentile(values, _QUANTILES) if counts is None else _percentiles(values, counts)
+    spread: dict[str, float | None] = {f"{name}_mean": float(np.average(values, weights=counts))}
     return spread | {f"{name}_p{q}": float(v) for q, v in zip(_QUANTILES, marks)}
 
 
-def weighted(values: Iterable[float], weights: Iterable[float]) -> float | None:
+def _percentiles(values: Array, counts: NDArray[np.int64]) -> Array:
+    """Return what ``np.percentile(np.repeat(values, counts), _QUANTILES)`` would, without writing them all down."""
+    order = np.argsort(values)
+    ranked, upto = values[order], np.cumsum(counts[order])
+    at = np.array(_QUANTILES) / 100 * (upto[-1] - 1)
+    low, high = (ranked[np.searchsorted(upto, f(at), side="right")] for f in (np.floor, np.ceil))
+    between: Array = low + (high - low) * (at - np.floor(at))
+    return between
+
+
+def inter_token(columns: dict[str, Columns]) -> tuple[Array, NDArray[np.int64]]:
+    """Return the times between one token of a sequence and its next, in seconds, and how often each occurred.
+
+    Of sequences that finished, all pooled. In a run of steps that gave a sequence a token each, the time is a step's,
+    and the same for all whom that step served: so there is one entry a step, however many tokens it made.
+    """
+    steps, spans, requests = columns["steps"], columns["spans"], columns["requests"]
+    done = {s for s, r in zip(requests["seq"], requests["finish_reason"]) if r in _DONE}
+    kept = np.fromiter((s in done for s in spans["seq"]), bool, len(spans["seq"]))
+    if not kept.any():
+        return np.empty(0), np.empty(0, dtype=np.int64)
+    end = np.array(steps["start"]) + np.array(steps["duration"])
+    seq = np.array(spans["seq"])[kept]
+    first = np.searchsorted(steps["step"], np.array(spans["first_step"])[kept])
+    last = first + np.array(spans["steps"])[kept] - 1
+    # A sequence counts at every step of a run but the first: one more from there on, one less after the last.
+    change = np.zeros(len(end) + 1, dtype=np.int64)
+    np.add.at(change, first + 1, 1)
+    np.add.at(change, last + 1, -1)
+    served = np.cumsum(change)[1:-1]
+    # From the last token of a run to the first of the next: it was preempted, or others had the step.
+    pause = np.flatnonzero(seq[1:] == seq[:-1])
+    gaps = np.concatenate([np.diff(end)[served > 0], end[first[pause + 1]] - end[last[pause]]])
+    return gaps, np.concatenate([served[served > 0], np.ones(len(pause), dtype=np.int64)])
+
+
+class Goodput(NamedTuple):
+    """How much of a run's work was done in time."""
+
+    share: float | None
+    """``met`` / ``finished``; None if no request finished."""
+    per_s: float | None
+    """``met`` per second, from the start of the first step to the end of the last; None if no time passed."""
+    met: int
+    """Requests that finished in time."""
+    finished: int
+    """Requests of which every sample finished: neither refused, failed, cancelled nor under way."""
+
+
+def goodput(columns: dict[str, Columns], *, ttft: float | None = None, tpot: float | None = None) -> Goodput:
+    """Return how many requests had their first token within ``ttft`` seconds, the others at ``tpot`` or faster.
+
+    A bound that is left out is not asked for; a request of one token meets every ``tpot``. All samples of a request
+    must be in time. `ConfigError` if both are left out, or one is no number above 0.
+    """
+    bounds = check_bounds(ttft, tpot)
+    requests = columns["requests"]
+    wanted = dict(zip(requests["request_id"], requests["samples"]))
+    finished, met = dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0)
+    measured = zip(*(requests[name] for name in bounds))
+    rows = zip(requests["request_id"], requests["finish_reason"], measured)
+    for name, reason, times in rows:
+        if reason in _DONE:
+            finished[name] += 1
+            met[name] += all(t is None or t <= most for t, most in zip(times, bounds.values()))
+    ended = sum(finished[name] == n for name, n in wanted.items())
+    good = sum(met[name] == n for name, n in wanted.items())
+    duration = _duration(columns["steps"])
+    return Goodput(good / ended if ended else None, good / duration if duration > 0 else None, good, ended)
+
+
+def check_bounds(ttft: float | None, tpot: float | None) -> dict[str, float]:
+    """Return the bounds that are given, in seconds; `ConfigError` if there is none or one makes no sense."""
+    bounds = {name: most for name, most in (("ttft", ttft), ("tpot", tpot)) if most is not None}
+    if not bounds:
+        raise ConfigError("goodput needs ttft, tpot or both, in seconds")
+    for name, most in bounds.items():
+        number = isinstance(most, int | float | np.number) and not isinstance(most, bool)
+        if not number or not 0 < most < math.inf:
+            raise ConfigError(f"{name} must be a number of seconds above 0, not {most!r}")
+    return bounds
+
+
+def offered_rate(columns: dict[str, Columns]) -> float | None:
+    """Return the requests that arrived per second between the first and the last; None if all came at once."""
+    requests = columns["requests"]
+    arrivals = dict(zip(requests["request_id"], requests["arrival"])).values()
+    span = max(arrivals) - min(arrivals) if arrivals else 0.0
+    return (len(arrivals) - 1) / span if span > 0 else None
+
+
+def weighted(values: ArrayLike, weights: ArrayLike) -> float | None:
     """Return the mean of ``values``, each counting as its weight; None if there is none (equal if all weigh 0)."""
-    v, w = np.array(list(values), dtype=float), np.array(list(weights), dtype=float)
+    v, w = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
     if not len(v):
         return None
     return float(np.average(v, weights=w if w.sum() > 0 else None))
@@ -93,12 +203,10 @@ def while_waiting(columns: dict[str, Columns]) -> list[int]:
 
 def memory_shares(columns: dict[str, Columns], rows: Sequence[int] | None = None) -> dict[str, float | None]:
     """Return the share of the pool of each kind, averaged over time; over the steps ``rows`` only, if given."""
-    memory, durations = columns["memory"], columns["steps"]["duration"]
-    rows = range(len(durations)) if rows is None else rows
-    w = [durations[i] for i in rows]
-    return {
-        kind: weighted([memory[f"{kind}_share"][i] for i in rows], w) if w else None for kind in MEMORY_KINDS
-    }
+    memory, durations = columns["memory"], np.asarray(columns["steps"]["duration"], dtype=float)
+    at = slice(None) if rows is None else np.asarray(rows, dtype=int)
+    w = durations[at]
+    return {kind: weighted(np.asarray(memory[f"{kind}_share"], dtype=float)[at], w) for kind in MEMORY_KINDS}
 
 
 def waste(columns: dict[str, Columns], rows: Sequence[int] | None = None) -> float | None:
@@ -115,7 +223,10 @@ def half_block_bound(columns: dict[str, Columns], block_size: int, rows: Sequenc
     SOSP 2023, section 4.2).
     """
     steps, memory = columns["steps"], columns["memory"]
-    w = [steps["duration"][i] for i in rows]
-    held = weighted([sum(memory[k][i] for k in ("stored", "reserved", "internal")) for i in rows], w)
-    running = weighted([steps["running"][i] for i in rows], w)
+    at = np.asarray(rows, dtype=int)
+    w = np.asarray(steps["duration"], dtype=float)[at]
+    held = weighted(
+        sum(np.asarray(memory[k], dtype=float)[at] for k in ("stored", "reserved", "internal")), w
+    )
+    running = weighted(np.asarray(steps["running"], dtype=float)[at], w)
     return running * (block_size - 1) / 2 / held if held and running is not None else None

@@ -6,15 +6,16 @@ Colours are those of Okabe and Ito, which people with any colour vision can tell
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as MatplotlibFigure
+from numpy.typing import NDArray
 
 from pagedlab.errors import ConfigError, nearest
-from pagedlab.lab.measures import MEMORY_KINDS
+from pagedlab.lab.measures import MEMORY_KINDS, check_bounds, offered_rate
 
 if TYPE_CHECKING:
     from pagedlab.lab.compare import Comparison
@@ -37,7 +38,10 @@ _LABELS = {
     "free": "free",
 }
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = "osD^vP"
 _BAR = "#0072B2"
+_MOST_POINTS = 600
+"""Of a line over time: as many as a figure has room to show."""
 
 
 class Figure(MatplotlibFigure):
@@ -82,8 +86,10 @@ def memory(run: Run, ax: Any) -> None:
     table, steps = run.columns("memory"), run.columns("steps")
     if not table["step"]:
         return _empty(ax)
-    at = [*steps["start"], table["time"][-1]]
-    series = [np.array([*table[f"{k}_share"], table[f"{k}_share"][-1]]) * 100 for k in MEMORY_KINDS]
+    at, means, _, _ = _thinned(
+        [*steps["start"], table["time"][-1]], [table[f"{kind}_share"] for kind in MEMORY_KINDS]
+    )
+    series = [np.append(row, row[-1]) * 100 for row in means]
     shown = [i for i, s in enumerate(series) if s.any() or MEMORY_KINDS[i] in ("stored", "free")]
     names = [MEMORY_KINDS[i] for i in shown]
     ax.stackplot(
@@ -105,20 +111,33 @@ def memory(run: Run, ax: Any) -> None:
 
 
 def batch(run: Run, ax: Any) -> None:
-    """Running and waiting sequences over time, and preemptions."""
+    """Running and waiting sequences over time, and preemptions. Of very many steps: means, and the range shaded."""
     steps = run.columns("steps")
     if not steps["step"]:
         return _empty(ax)
-    end = steps["start"][-1] + steps["duration"][-1]
-    at = [*steps["start"], end]
-    for name, colour in (("running", _LINES[0]), ("waiting", _LINES[1])):
-        values = steps[name]
-        ax.step(at, [*values, values[-1]], where="post", color=colour, label=name, linewidth=1.3)
-    lost = steps["preemptions"]
-    when = [steps["start"][i] for i in range(len(lost)) if lost[i] > (lost[i - 1] if i else 0)]
-    if when:
-        ax.plot(when, [0] * len(when), "|", color="black", markersize=9, label="preemption")
-    ax.set(title="Batch and queue", xlabel=f"time ({_time_unit(run)})", ylabel="sequences", xlim=(at[0], end))
+    edges = [*steps["start"], steps["start"][-1] + steps["duration"][-1]]
+    names = ("running", "waiting")
+    at, means, lows, highs = _thinned(edges, [steps[name] for name in names])
+    thinned = len(at) < len(edges)
+    for name, colour, mean, low, high in zip(names, _LINES, means, lows, highs):
+        ax.step(at, np.append(mean, mean[-1]), where="post", color=colour, label=name, linewidth=1.3)
+        if thinned:
+            least, most = np.append(low, low[-1]), np.append(high, high[-1])
+            ax.fill_between(at, least, most, step="post", color=colour, alpha=0.22, linewidth=0)
+    lost = np.flatnonzero(np.diff(steps["preemptions"], prepend=0) > 0)
+    if len(lost):
+        when = np.asarray(steps["start"])[lost]
+        # Marks that would lie on top of each other are drawn once.
+        when = when[
+            np.unique((when - at[0]) * _MOST_POINTS // max(at[-1] - at[0], 1e-12), return_index=True)[1]
+        ]
+        ax.plot(when, np.zeros(len(when)), "|", color="black", markersize=9, label="preemption")
+    ax.set(
+        title="Batch and queue (means; ranges shaded)" if thinned else "Batch and queue",
+        xlabel=f"time ({_time_unit(run)})",
+        ylabel="sequences",
+        xlim=(at[0], at[-1]),
+    )
     ax.set_ylim(bottom=0)
     _legend(ax)
 
@@ -193,6 +212,92 @@ def of_comparison(comparison: Comparison) -> Figure:
     return figure
 
 
+def of_goodput(
+    runs: Mapping[str, Iterable[Run]], *, ttft: float | None = None, tpot: float | None = None
+) -> Figure:
+    """Return goodput over request rate, a line per configuration: the share of requests in time, and how many a second.
+
+    ``runs`` maps the name of a configuration to its runs, each of which is a point at the rate at which its requests
+    arrived. ``ttft`` and ``tpot`` are the service level in seconds, as `Run.goodput` takes them. The grey line is where
+    every request would be in time. `ConfigError` if there is no run, or all requests of one came at once.
+    """
+    bounds = check_bounds(ttft, tpot)
+    points: dict[str, list[tuple[float, float, float]]] = {}
+    units = set()
+    for name, given in runs.items():
+        several = list(given)
+        points[name] = sorted(_goodput_point(name, run, bounds) for run in several)
+        units |= {_time_unit(run).rstrip("s") or "s" for run in several}
+    if not any(points.values()):
+        raise ConfigError("there is no run to draw: {'lru': [run, run, ...], ...}")
+    unit = units.pop() if len(units) == 1 else "s"
+    figure, axes = _figure(10, 4.2, columns=2)
+    share, rate = axes[0]
+    most = max(x for line in points.values() for x, _, _ in line)
+    rate.plot([0, most], [0, most], color="#999999", linewidth=1, label="every request in time")
+    for i, (name, line) in enumerate(points.items()):
+        if not line:
+            continue
+        xs, shares, rates = zip(*line)
+        style: dict[str, Any] = {
+            "color": _LINES[i % len(_LINES)],
+            "linestyle": ("-", "--", ":")[i // len(_LINES) % 3],
+            "marker": _MARKERS[i % len(_MARKERS)],
+            # Names come from outside: a dollar sign in one begins no mathematics.
+            "label": str(name).replace("$", r"\$"),
+        }
+        share.plot(xs, np.array(shares) * 100, markersize=5, linewidth=1.5, **style)
+        rate.plot(xs, rates, markersize=5, linewidth=1.5, **style)
+    for ax, title, label in (
+        (share, "Share of requests in time", "finished requests in time (%)"),
+        (rate, "Goodput", f"requests in time per {unit}"),
+    ):
+        ax.set(title=title, xlabel=f"requests arriving per {unit}", ylabel=label)
+        ax.set_xlim(0, most * 1.04)
+        ax.set_ylim(bottom=0)
+        ax.grid(True, alpha=0.25)
+    share.set_ylim(0, 103)
+    said = {"ttft": "first token within {:g} {}", "tpot": "then at most {:g} {} a token"}
+    long = "s" if unit == "s" else "steps"
+    figure.suptitle("In time: " + ", ".join(said[k].format(v, long) for k, v in bounds.items()), fontsize=10)
+    handles, labels = rate.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=8, frameon=False
+    )
+    return figure
+
+
+def _goodput_point(name: str, run: Run, bounds: dict[str, float]) -> tuple[float, float, float]:
+    offered, reached = offered_rate({"requests": run.columns("requests")}), run.goodput(**bounds)
+    if offered is None:
+        raise ConfigError(f"a run of {name!r} has no request rate: its requests came all at once")
+    return offered, reached.share or 0.0, reached.per_s or 0.0
+
+
+def _thinned(
+    edges: list[float], series: list[list[Any]]
+) -> tuple[NDArray[np.float64], list[Any], list[Any], list[Any]]:
+    """Return fewer edges, and for each series its means over time, lows and highs between them.
+
+    ``edges`` are the times at which values begin, and the end: one more than values. Few steps are left as they are.
+    """
+    at, rows = np.asarray(edges, dtype=float), [np.asarray(row, dtype=float) for row in series]
+    if len(at) - 1 <= _MOST_POINTS or at[-1] <= at[0]:
+        return at, rows, rows, rows
+    bins = np.linspace(at[0], at[-1], _MOST_POINTS + 1)
+    # The value of a step counts for as long as it lasts, also where a bin begins or ends within it.
+    sums = [np.concatenate([[0.0], np.cumsum(row * np.diff(at))]) for row in rows]
+    means = [np.diff(np.interp(bins, at, total)) / np.diff(bins) for total in sums]
+    first = np.clip(np.searchsorted(at, bins[:-1], side="right") - 1, 0, len(at) - 2)
+    last = np.clip(np.searchsorted(at, bins[1:], side="left"), first + 1, len(at) - 1)
+    cuts = np.stack([first, last], axis=1).ravel()
+
+    def over(which: np.ufunc, row: NDArray[np.float64]) -> Any:
+        return which.reduceat(np.append(row, row[-1]), cuts)[::2]
+
+    return bins, means, [over(np.minimum, r) for r in rows], [over(np.maximum, r) for r in rows]
+
+
 def _time_unit(run: Run) -> str:
     """A step clock counts steps, one a second."""
     return "steps" if run.facts.get("clock") == "step" else "s"
@@ -223,6 +328,6 @@ def of_queue(
     ax.set_xlabel("time (s)")
     ax.set_ylabel("sequences")
     ax.set_title(title)
-    ax.legend(frameon=False, ncols=2)
     ax.set_ylim(bottom=0)
+    _legend(ax)
     return figure

@@ -18,6 +18,7 @@ from pagedlab.lab import page
 from pagedlab.lab.environment import environment
 from pagedlab.lab.measures import MEMORY_KINDS, Columns, Goodput, goodput, summarise
 from pagedlab.lab.steps import tables
+from pagedlab.lab.vocabulary import vocab_size
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,6 +106,8 @@ class Run:
             "interrupted": interrupted,
             "clock": _CLOCKS.get(type(engine.clock), "wall"),
             "has_text": executor.detokenize([]) is not None,
+            "vocab_size": vocab_size(executor),
+            "max_model_len": engine.max_model_len,
             "totals": {
                 "prompt_tokens": engine.totals.prompt_tokens,
                 "hit_tokens": engine.totals.hit_tokens,

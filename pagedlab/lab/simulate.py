@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from pagedlab.registry import make
 
 CLOCKS = ("virtual", "step")
 _STEPS_A_LOOK = 20_000
+_LONGEST = 1 << 40
 
 
 def simulate(
@@ -65,12 +67,20 @@ def simulate(
     elif num_blocks is not None:
         config = config.replace(num_blocks=num_blocks)
     shape = find_model(price.model) if isinstance(price, Roofline) else None
+    like: dict[str, Any] = {}
     if outputs is None:
         outputs = given_outputs(given)
     elif isinstance(outputs, Run):
+        facts = outputs.facts
+        like = {
+            "vocab_size": facts.get("vocab_size"),
+            "max_model_len": facts.get("max_model_len") or _LONGEST,
+        }
+        if facts["has_text"] and any(r.text is not None for r in given):
+            like["tokenize"] = _tokenizer(outputs.description["model"])
         outputs = scripts_of(outputs)
     executor = SimulatedExecutor(
-        price, outputs=outputs, bytes_per_token=0 if shape is None else shape.kv_bytes_per_token
+        price, outputs=outputs, bytes_per_token=0 if shape is None else shape.kv_bytes_per_token, **like
     )
     job = Job(
         config,
@@ -83,6 +93,14 @@ def simulate(
         skip_ahead=skip_ahead,
     )
     return drive(job, progress=progress, check=check, max_steps=None if check else _STEPS_A_LOOK, ended=True)
+
+
+def _tokenizer(model: str) -> Callable[[str], list[int]]:
+    """Return what turns texts into the token ids that ``model`` reads."""
+    from pagedlab.executors.loading import read_tokenizer
+
+    tokenizer = read_tokenizer(model)
+    return lambda text: [int(i) for i in tokenizer(text, verbose=False)["input_ids"]]
 
 
 def scripts_of(run: Run) -> dict[tuple[str, int], Script]:
