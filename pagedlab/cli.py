@@ -1,4 +1,4 @@
-"""The command line: ``pagedlab list | generate | replay | compare | reproduce | data | bench | demo | lab``.
+"""The command line: ``pagedlab list | generate | compare | replay | calibrate | reproduce | data | bench | lab``.
 
 What a person got wrong comes back as one line on stderr and exit code 2.
 """
@@ -287,6 +287,9 @@ def compare(
     hardware: Annotated[
         str | None, typer.Option(help="To simulate: a name of the catalogue (h100, l4, ...).")
     ] = None,
+    cost: Annotated[
+        str | None, typer.Option(metavar="FILE.json", help="To simulate: a cost model that calibrate wrote.")
+    ] = None,
     num_blocks: NumBlocks = None,
     block_size: BlockSize = None,
     max_model_len: MaxModelLen = None,
@@ -311,8 +314,8 @@ def compare(
 
     if how not in HOW:
         raise ConfigError(f"--how must be one of {', '.join(HOW)}, not {how!r}")
-    if how == "run" and hardware is not None:
-        raise ConfigError("--hardware belongs to --how simulate")
+    if how == "run" and (hardware or cost):
+        raise ConfigError(f"--{'hardware' if hardware else 'cost'} belongs to --how simulate")
     generated = workload in {row["name"] for row in workloads.list_workloads()}
     seeded: dict[str, Any] = {"seed": seed} if generated else {}
     given = workloads.load(workload, **seeded)
@@ -330,7 +333,15 @@ def compare(
         fit = (
             "fit" if num_blocks is None and not any(v.startswith("num_blocks=") for v in set_ or ()) else None
         )
-        options |= {"model": model, "hardware": hardware, "num_blocks": fit, "events": False}
+        if cost is not None:
+            fit = None  # a fitted cost model knows no memory
+        options |= {
+            "model": model,
+            "hardware": hardware,
+            "cost": None if cost is None else _read_cost(cost),
+            "num_blocks": fit,
+            "events": False,
+        }
     configs = _grid(preset, config, model if how == "run" else None, sizes, set_)
     comparison = compare_configs(configs, given, how=how, **options)
     if report is not None:
@@ -348,6 +359,86 @@ def compare(
     _print_comparison(comparison)
     if report is not None:
         typer.echo(f"report: {report}")
+
+
+@app.command()
+def calibrate(
+    workload: Annotated[str, typer.Argument(help="What to serve while steps are timed.")] = "mixed-lengths",
+    against: Annotated[
+        str, typer.Option(help="Another workload, to see how well the fit holds where it was not made.")
+    ] = "shared-prefix",
+    model: Annotated[
+        str | None, typer.Option(help='"tiny", a model folder or a hub name [default: tiny].')
+    ] = None,
+    set_: Set = None,
+    num_blocks: NumBlocks = None,
+    block_size: BlockSize = None,
+    max_num_seqs: MaxNumSeqs = None,
+    requests: Annotated[int | None, typer.Option(help="Only the workloads' first N requests.")] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE.json", help="Write the cost model, for compare --cost.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Fit a cost model to this machine's own engine, and try it on another workload."""
+    from pagedlab import workloads
+    from pagedlab.lab import page
+    from pagedlab.lab.calibrate import calibrate as fit
+    from pagedlab.lab.calibrate import report
+    from pagedlab.lab.session import run, warm_up
+    from pagedlab.lab.simulate import simulate
+
+    sizes = {"num_blocks": num_blocks, "block_size": block_size, "max_num_seqs": max_num_seqs}
+    cfg = _with_set(_config(None, model=model, sizes=sizes, default_blocks=_POOL), set_)
+    both = [workloads.load(name) for name in (workload, against)]
+    if requests is not None:
+        both = [given.head(requests) for given in both]
+    warm_up(cfg, both[0])
+    fitted_on, other = (run(cfg, given) for given in both)
+    cost = fit(fitted_on)
+    again = simulate(cfg, both[1], cost=cost, outputs=other, events=False, progress=False)
+    measured, said = (sum(r.columns("steps")["duration"]) for r in (other, again))
+    steps = [len(r.columns("steps")["step"]) for r in (other, again)]
+    error = (said / steps[1]) / (measured / steps[0]) - 1
+    if out is not None:
+        _write(out, cost.to_json() + "\n")
+    result = {
+        "cost": cost.get_params(),
+        "fitted_on": vars(report(cost, fitted_on)),
+        "against": vars(report(cost, other)),
+        "mean_step_error": error,
+        "steps": steps[0],
+        "steps_simulated": steps[1],
+    }
+    if json:
+        _print_json("calibrate", result)
+        return
+    typer.echo(str(cost))
+    typer.echo(f"on {workload}: {report(cost, fitted_on)}")
+    typer.echo(f"on {against}: {report(cost, other)}")
+    typer.echo(
+        f"{against} simulated: mean step {page.seconds(said / steps[1])}, measured {page.seconds(measured / steps[0])} "
+        f"({error:+.1%})"
+    )
+    if out is not None:
+        typer.echo(f"cost model: {out}")
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _read_cost(path: str) -> Any:
+    from pagedlab.costs import Calibrated
+
+    try:
+        return Calibrated.from_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise ConfigError(f"{path}: {reason}; expected what pagedlab calibrate --out writes") from None
 
 
 reproduce_app = typer.Typer(help="Published measurements, reproduced.", no_args_is_help=True)

@@ -16,9 +16,9 @@ LEAST_STEPS = 20
 def calibrate(run: Run, *, prior: Calibrated | None = None, knee: str = "max") -> Calibrated:
     """Return the cost model that explains the durations of ``run``'s steps best.
 
-    The run must have been timed by a real clock, with at least `LEAST_STEPS` steps; one with prompts and
-    outputs of many lengths tells the coefficients apart. ``prior`` settles what the steps leave open. Other
-    arguments are those of `pagedlab.costs.fitting.fit_steps`. Raises `ConfigError`.
+    The run must have been timed (not by the step clock), with at least `LEAST_STEPS` steps; one with prompts
+    and outputs of many lengths tells the coefficients apart. ``prior`` settles what the steps leave open.
+    Other arguments are those of `pagedlab.costs.fitting.fit_steps`. Raises `ConfigError`.
     """
     works, durations = steps_of(run)
     if len(works) < LEAST_STEPS:
@@ -33,10 +33,8 @@ def report(cost: Calibrated, run: Run) -> FitReport:
 
 def steps_of(run: Run) -> tuple[list[StepWork], Sequence[int]]:
     """Return the work of each step and its duration in picoseconds."""
-    if run.facts["clock"] != "wall":
-        raise ConfigError(
-            f"the run's clock was {run.facts['clock']!r}; only a real one tells how long steps take"
-        )
+    if run.facts["clock"] == "step":
+        raise ConfigError("the run's clock was 'step', which counts steps and does not time them")
     columns = run.columns("steps")
     names = ("prefill_tokens", "prefill_pairs", "decode_tokens", "context_tokens")
     works = [
