@@ -17,6 +17,7 @@ from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import islice
 from typing import ClassVar, Literal, NamedTuple
 
 from pagedlab.errors import ConfigError
@@ -257,14 +258,14 @@ class ChainedHash(Lookup):
         contents = prefix.contents(limit)
         found: list[Block] = []
         parent: Hashable = (prefix.salt,)
-        device = self._index[DEVICE]
+        get = self._index[DEVICE].get
         lower = self._index[1:]
-        for i in range(limit):
-            block = device.get(keys[i])
-            if block is None or block.parent != parent or block.content != contents[i]:
+        for key, content in zip(islice(keys, limit), contents):
+            block = get(key)
+            if block is None or block.parent != parent or block.content != content:
                 for index in lower:
-                    block = index.get(keys[i])
-                    if block is not None and block.parent == parent and block.content == contents[i]:
+                    block = index.get(key)
+                    if block is not None and block.parent == parent and block.content == content:
                         break
                 else:
                     break
