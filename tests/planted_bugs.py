@@ -251,7 +251,7 @@ BUGS = [
         "a match does not verify the tokens",
         ChainedHash,
         "match",
-        " or block.content != contents[i]",
+        " or block.content != content",
         "",
         "collisions",
     ),
