@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from pagedlab.errors import ConfigError
 
@@ -105,15 +104,3 @@ class Request:
     text: str | None = None
     follows: str | None = None
     think_time: float = 0.0
-
-    def as_row(self) -> dict[str, Any]:
-        """Return the descriptive columns of the request, for tables."""
-        return {
-            "request_id": self.request_id,
-            "arrival": self.arrival,
-            "prompt_tokens": len(self.prompt),
-            "max_tokens": self.sampling.max_tokens,
-            "priority": self.priority,
-            "salt": self.salt,
-            "session": self.session,
-        }

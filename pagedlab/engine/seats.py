@@ -22,7 +22,7 @@ from pagedlab.errors import ConfigError, PolicyError, RequestTooLarge
 from pagedlab.events import EventLog
 from pagedlab.policies.block import Block
 from pagedlab.policies.bounds import refuse_future
-from pagedlab.policies.lookup import NO_MATCH
+from pagedlab.policies.lookup import NO_MATCH, Match
 from pagedlab.policies.prompt import HashedTokens
 
 
@@ -131,19 +131,16 @@ class Seats:
         readmitted = seq.admitted_at is not None
         match = self.cache.match(seq.table.prefix, seq.num_tokens - 1)
         if self.config.wait_for_prefix and plan.computes_next(seq, match):
-            self.cache.await_better(seq.table.prefix, match, seq.num_tokens - 1)
-            return 0
+            return self._refuse_for_now(seq, match)
         while True:
             n = plan.cut(seq.num_tokens - match.num_tokens, tokens, whole)
             if not n:
-                self.cache.await_better(seq.table.prefix, match, seq.num_tokens - 1)
-                return 0
+                return self._refuse_for_now(seq, match)
             claim = self._claim(seq, match.num_tokens + n)
             if self.cache.admit(seq.table, match, claim, spare=spare, readmitted=readmitted):
                 break
             if self.running or not match.num_tokens:
-                self.cache.await_better(seq.table.prefix, match, seq.num_tokens - 1)
-                return 0
+                return self._refuse_for_now(seq, match)
             # Alone, and the prefix itself is in the way (pinned, or splitting the only run): start from nothing.
             match = NO_MATCH
         if readmitted:
@@ -158,6 +155,11 @@ class Seats:
             self.totals.prompt_tokens += seq.prompt_len
             self.events.record(ev.REQUEST_ADMITTED, seq.seq_id, detail=seq.request_id)
         return n
+
+    def _refuse_for_now(self, seq: Sequence, match: Match) -> int:
+        """Grant nothing; what would make the match longer is worth asking the scheduler again."""
+        self.cache.await_better(seq.table.prefix, match, seq.num_tokens - 1)
+        return 0
 
     def _claim(self, seq: Sequence, step_end: int) -> int:
         """Tokens to have room for at admission: the reservation's word, within what one sequence can ever get."""

@@ -23,7 +23,7 @@ from typing import ClassVar, Literal, NamedTuple
 from pagedlab.errors import ConfigError
 from pagedlab.policies.base import Policy
 from pagedlab.policies.block import DEVICE, Block
-from pagedlab.policies.prompt import HashedPrompt, HashedTokens, private_id
+from pagedlab.policies.prompt import HashedTokens, private_id
 from pagedlab.registry import register
 
 
@@ -133,11 +133,6 @@ def make_prefix(tokens: list[int] | HashedTokens, block_size: int, salt: Hashabl
     if isinstance(tokens, HashedTokens):
         return HashedPrefix(tokens, block_size, salt)
     return Prefix(tokens, block_size, salt)
-
-
-def check_block_size(prompt: HashedPrompt, block_size: int) -> None:
-    """Raise `ConfigError` unless blocks of ``block_size`` tokens can be told apart by the prompt's hashes."""
-    HashedPrefix(HashedTokens(HashedPrompt((), 0, prompt.hash_block), 0), block_size)
 
 
 class Match(NamedTuple):
