@@ -282,3 +282,14 @@ def test_the_real_model_and_its_simulation_write_the_same_log(pipelined: bool) -
     assert real.columns("events") == simulated_run.columns("events")
     assert real.columns("requests") == simulated_run.columns("requests")
     assert real.columns("memory") == simulated_run.columns("memory")
+
+
+def test_a_cancelled_last_request_leaves_nothing_in_use() -> None:
+    """With asynchronous scheduling too, where blocks otherwise wait for the next plan."""
+    config = Config(async_scheduling=True)
+    engine = Engine(config, SimulatedExecutor(Linear(), max_model_len=4096), clock=VirtualClock())
+    engine.add(Request(request_id="a", prompt=[1] * 40, sampling=SamplingParams(max_tokens=50)))
+    engine.run(max_steps=5)
+    assert engine.cache.device.num_in_use
+    assert engine.cancel("a")
+    ended(engine)

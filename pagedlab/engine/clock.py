@@ -38,19 +38,12 @@ class Clock(Protocol):
         context_tokens``, in the same form; None if time passes by itself, so that no step can be leapt over.
         """
 
-    def leap(self, duration_ps: int, steps: int) -> None:
-        """``steps`` steps have run; together they took ``duration_ps`` by the clock's own pace."""
+    def leap(self, duration_ps: int) -> None:
+        """Some steps have run that together took ``duration_ps`` by the clock's own pace."""
 
 
 class WallClock:
     """Real time."""
-
-    def pace(self, fixed: int, slope: int) -> tuple[int, int] | None:
-        """Real time passes by itself."""
-        return None
-
-    def leap(self, duration_ps: int, steps: int) -> None:
-        """Real time has passed by itself."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter_ns()
@@ -70,36 +63,12 @@ class WallClock:
         """Sleep."""
         time.sleep(max(0.0, to_seconds(time_ps - self.now())))
 
-
-class StepClock:
-    """Step k happens at k seconds, whatever the machine does: the clock of reproducible event logs."""
-
-    def __init__(self) -> None:
-        self._now = 0
-
-    def start(self) -> None:
-        """Begin at 0."""
-        self._now = 0
-
-    def now(self) -> int:
-        """Return picoseconds since the start."""
-        return self._now
-
-    def step_done(self, duration_ps: int) -> None:
-        """One second a step."""
-        self._now += PS_PER_SECOND
-
-    def wait_until(self, time_ps: int) -> None:
-        """Jump to the first whole second at or after ``time_ps``."""
-        self._now = max(self._now, -(-time_ps // PS_PER_SECOND) * PS_PER_SECOND)
-
     def pace(self, fixed: int, slope: int) -> tuple[int, int] | None:
-        """Every step takes a second."""
-        return PS_PER_SECOND, 0
+        """Real time passes by itself."""
+        return None
 
-    def leap(self, duration_ps: int, steps: int) -> None:
-        """One second a step."""
-        self._now += steps * PS_PER_SECOND
+    def leap(self, duration_ps: int) -> None:
+        """Real time has passed by itself."""
 
 
 class VirtualClock:
@@ -128,6 +97,22 @@ class VirtualClock:
         """As the executor says."""
         return fixed, slope
 
-    def leap(self, duration_ps: int, steps: int) -> None:
+    def leap(self, duration_ps: int) -> None:
         """Go on by ``duration_ps``."""
         self._now += duration_ps
+
+
+class StepClock(VirtualClock):
+    """Step k happens at k seconds, whatever the machine does: the clock of reproducible event logs."""
+
+    def step_done(self, duration_ps: int) -> None:
+        """One second a step."""
+        self._now += PS_PER_SECOND
+
+    def wait_until(self, time_ps: int) -> None:
+        """Jump to the first whole second at or after ``time_ps``."""
+        super().wait_until(-(-time_ps // PS_PER_SECOND) * PS_PER_SECOND)
+
+    def pace(self, fixed: int, slope: int) -> tuple[int, int] | None:
+        """Every step takes a second."""
+        return PS_PER_SECOND, 0

@@ -156,6 +156,7 @@ class Engine(Seats):
             # Nobody waits for the arrival of what nobody wants.
             self._future = [entry for entry in self._future if entry[2] is not group]
             heapify(self._future)
+        self._settle()
         return bool(alive)
 
     @property
@@ -193,7 +194,7 @@ class Engine(Seats):
         if count > 1:
             total = count * duration + growth * (count * (count - 1) // 2)
             result = StepResult([], duration_ps=total)
-            self.clock.leap(total, count)
+            self.clock.leap(total)
         else:
             result = self.executor.execute(orders)
             self.clock.step_done(result.duration_ps)
@@ -203,9 +204,13 @@ class Engine(Seats):
         self.events.step += count - 1
         self._commit(entries, orders.work, result, start, num_moves, count, growth)
         self.events.step += 1
+        self._settle()
+        return count
+
+    def _settle(self) -> None:
+        """After the last step nobody's leaving waits for a plan."""
         if self.leaving and not self.has_work:
             self._let_go()
-        return count
 
     def run(self, max_steps: int | None = None) -> None:
         """Step until nothing is left to do, or ``max_steps`` have run."""
