@@ -148,6 +148,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "orphan while loading": test_cache_machine.test_an_evicted_orphan_takes_the_place_of_what_is_being_loaded,
     "lfu": test_eviction.test_lfu_keeps_what_is_used_often,
     "hits are counted": test_eviction.test_hits_are_counted_where_policies_read_them,
+    "short cuts": partial(test_eviction.test_short_cuts_do_what_they_stand_for, "lru"),
     "lru in use": partial(test_eviction.test_a_block_in_use_is_never_named, "lru"),
     "lfu in use": partial(test_eviction.test_a_block_in_use_is_never_named, "lfu"),
     "doubt in every tier": test_cache_machine.test_doubt_reaches_every_tier,
@@ -196,8 +197,17 @@ class Bug:
 
 
 BUGS = [
-    Bug("a fork does not count itself", KVCache, "fork", "self.device.share(block)", "pass", "walks"),
-    Bug("lru may name a block in use", LRU, "hit", "if block in self._order:", "if False:", "lru in use"),
+    Bug(
+        "a fork does not count itself",
+        KVCache,
+        "fork",
+        "self.device.share(parent.blocks[:held])",
+        "pass",
+        "walks",
+    ),
+    Bug("lru may name a block in use", LRU, "hit", "self._order.pop(block, None)", "pass", "lru in use"),
+    Bug("lru forgets many hits at once", LRU, "hit_all", "pop(block, None)", "pass", "short cuts"),
+    Bug("lru looks too seldom", LRU, "evict", "< looks", "<= looks", "short cuts"),
     Bug(
         "a simple policy may name a block in use",
         Eviction,

@@ -349,6 +349,86 @@ def test_evict_names_and_removes(name: str) -> None:
     assert tier.policy.evict() is None
 
 
+@pytest.mark.parametrize("name", servable("eviction"))
+@settings(max_examples=examples(0.5))
+@given(
+    steps=st.lists(
+        st.tuples(st.integers(0, 3), st.sampled_from((1, 1, 1, 2, 3, 6))), min_size=20, max_size=60
+    )
+)
+def test_short_cuts_do_what_they_stand_for(name: str, steps: list[tuple[int, int]]) -> None:
+    """The same requests, told to one policy block by block and to its clone many at once."""
+    plain, quick = (Batches(make("eviction", name), 12, many) for many in (False, True))
+    for kind, n in steps:
+        assert plain.step(kind, n) == quick.step(kind, n)
+    assert plain.drain() == quick.drain()
+
+
+class Batches:
+    """Blocks stored, used, let go and given up in batches; says by number which were given up."""
+
+    def __init__(self, policy: Any, capacity: int, many: bool) -> None:
+        self.policy, self.many = policy, many
+        policy.reset(capacity=capacity)
+        self.spare = [Block(i, size=1) for i in range(capacity)]
+        self.idle: list[Block] = []
+        self.used: list[Block] = []
+        self.time = 0
+
+    def step(self, kind: int, n: int) -> list[int]:
+        self.time += 1
+        if kind == 0:
+            return [b.index for b in self.evict(min(n, len(self.idle)))]
+        if kind == 1:
+            for block in self.spare[:n]:
+                block.key = block.born = self.time * 100 + block.index
+                block.created, block.ref_count, block.hits = self.time, 1, 0
+                self.policy.miss(block.key)
+                self.policy.insert(block)
+            self.used += self.spare[:n]
+            del self.spare[:n]
+        elif kind == 2:
+            chosen = self.idle[::2][:n]
+            for block in chosen:
+                block.hits += 1
+            self.tell("hit", chosen)
+            for block in chosen:
+                block.ref_count = 1
+                self.idle.remove(block)
+            self.used += chosen
+        else:
+            chosen = self.used[-n:]
+            for block in chosen:
+                block.ref_count, block.last_released = 0, self.time
+            self.tell("release", chosen)
+            self.used = self.used[:-n]
+            self.idle += chosen
+        return []
+
+    def tell(self, what: str, blocks: list[Block]) -> None:
+        if self.many:
+            getattr(self.policy, f"{what}_all")(blocks)
+        else:
+            for block in blocks:
+                getattr(self.policy, what)(block)
+
+    def evict(self, n: int) -> list[Block]:
+        if self.many and n == 1:
+            victims = [self.policy.evict()]
+        else:
+            victims = self.policy.victims(n)
+            self.tell("remove", victims)
+        for block in victims:
+            self.idle.remove(block)
+            block.key = None
+        self.spare += victims
+        return victims
+
+    def drain(self) -> list[int]:
+        self.step(3, len(self.used) or 1)
+        return [b.index for b in self.evict(len(self.idle))]
+
+
 def test_evict_follows_from_what_a_subclass_changes() -> None:
     class Newest(make("eviction", "lru").__class__):  # type: ignore[misc]
         def victims(self, n: int, protected: Any = ()) -> list[Block]:

@@ -20,6 +20,7 @@ from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.table import BlockTable
 from pagedlab.policies import Block, Lookup
 from pagedlab.policies import lookup as lookup_module
+from pagedlab.policies.block import Origin
 from pagedlab.policies.lookup import Prefix, salt_key
 from pagedlab.registry import make
 
@@ -53,7 +54,7 @@ class Published:
             block = Block(self.count)
             self.count += 1
             block.key, block.content = prefix.keys(i + 1)[i], prefix.contents(i + 1)[i]
-            block.parent, block.salt, block.depth = parent, salt, i * self.size
+            block.parent, block.origin, block.depth = parent, Origin(salt=salt), i * self.size
             published = self.lookup.publish(block)
             parent = published.serial
             if published.displaced is not None:
@@ -210,7 +211,7 @@ def test_the_highest_tier_answers_and_copies_are_one_content(name: str) -> None:
     index.publish([1, 2])
     (device,) = index.truth
     copy = Block(0, tier=1)
-    copy.key, copy.content, copy.parent, copy.salt = device.key, device.content, device.parent, device.salt
+    copy.stand_for(device, 1, 0)
     published = index.lookup.publish(copy)
     copy.serial = published.serial
     assert published.indexed
@@ -223,6 +224,40 @@ def test_the_highest_tier_answers_and_copies_are_one_content(name: str) -> None:
     assert index.lookup.match(Prefix([1, 2], 2), 2).blocks == [copy]
     index.lookup.forget(copy)
     assert index.lookup.match(Prefix([1, 2], 2), 2).num_tokens == 0
+
+
+@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("collision", [None, *COLLIDING])
+@settings(max_examples=examples(0.4))
+@given(
+    tokens=st.lists(st.integers(0, 1), max_size=12),
+    turns=st.lists(
+        st.tuples(st.booleans(), st.lists(st.integers(0, 1), max_size=12), st.integers(0, 30)), max_size=12
+    ),
+    size=st.integers(1, 3),
+)
+def test_asking_again_is_asking_afresh(
+    name: str,
+    collision: str | None,
+    tokens: list[int],
+    turns: list[tuple[bool, list[int], int]],
+    size: int,
+) -> None:
+    """A waiting sequence is looked up again and again with one prefix object, while the index changes under it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if collision is not None:
+            patch.setattr(lookup_module, "hash", COLLIDING[collision], raising=False)
+        index = Published(name, size)
+        waiting = Prefix(list(tokens), size)
+        for grows, other, choice in turns:
+            if grows:
+                index.publish(other)
+            else:
+                index.forget(choice)
+            at_most = choice % (len(tokens) + 1)
+            for limit in (len(tokens), at_most):
+                again = index.lookup.match(waiting, limit)
+                assert again == index.lookup.match(Prefix(list(tokens), size), limit)
 
 
 @settings(max_examples=examples(1.0))

@@ -80,7 +80,7 @@ class PoolMachine(RuleBasedStateMachine):
                     self.spy.hit(block)
                 elif block.ref_count == 1:
                     block.fill = pick.randint(1, 2)
-                self.pool.share(block)
+            self.pool.share(chosen)
             self.holders.append(chosen)
 
     @rule(pick=PICK)
@@ -90,8 +90,8 @@ class PoolMachine(RuleBasedStateMachine):
             block = pick.choice(private)
             self.keys += 1
             self.time += 1
-            block.key = self.keys
-            self.pool.store([block], self.time)
+            block.key, block.born = self.keys, self.pool.births(1)
+            self.pool.store([block])
 
     @rule(pick=PICK)
     def drop(self, pick: Random) -> None:
@@ -148,7 +148,7 @@ def pool(num_blocks: int = 6, allocator: str = "free-list", eviction: str = "lru
 def publish(p: BlockPool, blocks: list[Block]) -> None:
     for block in blocks:
         block.key = block.index
-        p.store([block], 0)
+        p.store([block])
 
 
 @pytest.mark.parametrize("allocator", servable("allocator"))

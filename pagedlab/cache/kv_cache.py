@@ -21,6 +21,7 @@ from pagedlab.policies.block import DEVICE, HOST, TIER_NAMES, Block
 from pagedlab.policies.eviction import Eviction
 from pagedlab.policies.lookup import NO_MATCH, Lookup, Match, Prefix
 from pagedlab.policies.swap import Swap
+from pagedlab.policies.view import NOTHING_KNOWN, View
 from pagedlab.registry import make
 
 
@@ -40,6 +41,7 @@ class KVCache:
         null_block: bool = False,
         events: EventLog | None = None,
         on_prefetch_fate: Callable[[Block, str], None] | None = None,
+        view: View = NOTHING_KNOWN,
     ) -> None:
         self.block_size = block_size
         self.lookup = lookup
@@ -54,13 +56,20 @@ class KVCache:
             self._device_evicted,
             block_size=block_size,
             reserved=int(null_block),
+            view=view,
         )
         self.host: BlockPool | None = None
         if host_blocks:
             host_eviction = make("eviction", swap.host_eviction())
             assert isinstance(host_eviction, Eviction)
             self.host = BlockPool(
-                host_blocks, FreeList(), host_eviction, self._host_evicted, tier=HOST, block_size=block_size
+                host_blocks,
+                FreeList(),
+                host_eviction,
+                self._host_evicted,
+                tier=HOST,
+                block_size=block_size,
+                view=view,
             )
         self.pools = [self.device] if self.host is None else [self.device, self.host]
         lookup.reset(block_size=block_size, num_tiers=2 if host_blocks else 1)
@@ -71,6 +80,7 @@ class KVCache:
         self.hit_tokens = 0
         self.scattered = False
         """The last admission failed although enough blocks were free: no run was long enough."""
+        self._starts: list[int] = []
         self._tokens = 0
         self._promised = 0
         self.better_match = False
@@ -125,10 +135,9 @@ class KVCache:
         now = self.events.time
         self._observe(table, guarded, readmitted)
         host_pins = [] if self.host is None else [b for b in guarded if b.tier]
-        for block in host_pins:
-            self.host.share(block)  # type: ignore[union-attr]
-        for block in protected:
-            self.device.share(block)
+        if host_pins:
+            self.host.share(host_pins)  # type: ignore[union-attr]
+        device.share(protected)
         taken = self.device.take(need, contiguous=True)
         if taken is None:
             raise InvariantBroken(f"{need} blocks were promised to sequence {table.seq_id} and are not there")
@@ -177,15 +186,17 @@ class KVCache:
         """Tell the eviction policies what this admission found and missed."""
         if not self._shares:
             return
-        hit, prefetched = self.device.eviction.hit, self._prefetched
         for block in found:
             block.hits += 1
-            if block.tier:
-                self.host.eviction.hit(block)  # type: ignore[union-attr]
-            else:
-                hit(block)
-                if prefetched and block in prefetched:
-                    prefetched.discard(block)
+        here = found
+        if self.host is not None:
+            here = [b for b in found if not b.tier]
+            self.host.eviction.hit_all([b for b in found if b.tier])
+        self.device.eviction.hit_all(here)
+        if self._prefetched:
+            for block in here:
+                if block in self._prefetched:
+                    self._prefetched.discard(block)
                     self._on_prefetch_fate(block, "useful")
         if type(self.device.eviction).miss is Eviction.miss:  # it does not care
             return
@@ -203,7 +214,7 @@ class KVCache:
         if source.key is None:
             # While room was made, an evicted orphan took its place in the index: usable, but not findable any more.
             return target
-        target.stand_for(source)
+        target.stand_for(source, self.device.births(1), now)
         published = self.lookup.publish(target)
         target.serial = source.serial
         if not published.indexed:
@@ -211,16 +222,14 @@ class KVCache:
             return target
         if published.displaced is not None:
             self._displace(published.displaced)
-        self.device.store((target,), now)
-        target.hits = source.hits
+        self.device.store((target,))
         return target
 
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` tokens in all, and make the block to be written next the table's own."""
-        blocks = table.blocks
-        extra = -(-num_tokens // self.block_size) - len(blocks)
-        offset = table.num_tokens % self.block_size
-        at = table.num_tokens // self.block_size
+        blocks, size = table.blocks, self.block_size
+        extra = -(-num_tokens // size) - len(blocks)
+        at, offset = divmod(table.num_tokens, size)
         copy = offset != 0 and num_tokens > table.num_tokens and blocks[at].ref_count > 1
         if extra <= 0 and not copy:
             return True
@@ -251,7 +260,7 @@ class KVCache:
         for i, block in enumerate(parent.blocks[:held]):
             if block.ref_count == 1:
                 block.fill = min(size, parent.num_tokens - i * size)
-            self.device.share(block)
+        self.device.share(parent.blocks[:held])
         child.blocks = parent.blocks[:held]
         child.indices = parent.indices[:held]
         child.num_tokens = parent.num_tokens
@@ -275,35 +284,39 @@ class KVCache:
             self._publish(table, full)
 
     def _publish(self, table: BlockTable, full: int) -> None:
-        first, prefix, size = table.num_published, table.prefix, self.block_size
-        keys, contents, salt = prefix.keys(full), prefix.contents(full), prefix.salt
-        session, request_class = table.session, table.request_class
+        first, prefix = table.num_published, table.prefix
+        keys = prefix.keys(full)[first:full]
+        origin, now, device = table.origin, self.events.time, self.device
         blocks = table.blocks[first:full]
         parent_key = first_parent = table.parent_key
-        depth = first * size
-        for i, block in enumerate(blocks, first):
+        born = device.births(full - first)
+        contents = prefix.contents(full)[first:full]
+        for block, key, content, depth in zip(blocks, keys, contents, self._depths(first, full)):
             block.parent_key = parent_key
-            block.key = parent_key = keys[i]
-            block.content = contents[i]
-            block.depth, block.salt = depth, salt
-            block.session, block.request_class = session, request_class
-            depth += size
+            block.key = parent_key = key
+            block.content = content
+            block.origin = origin
+            block.depth = depth
+            block.born = born
+            block.created = now
+            block.hits = 0
+            born += 1
         special = self.lookup.publish_chain(blocks, table.parent)
         table.num_published = full
         table.parent, table.parent_key = blocks[-1].serial, parent_key
-        stored, done, now = blocks, 0, self.events.time
+        stored, done = blocks, 0
         if special:
             for i, answer in special:
                 # What makes way may be one of these very blocks, so all before it are in first.
-                self.device.store(blocks[done:i], now)
+                device.store(blocks[done:i])
                 if answer.displaced is not None:
                     self._displace(answer.displaced)
                 done = i
                 if not answer.indexed:
                     blocks[i].key, done = None, i + 1
             stored = [b for b in blocks if b.key is not None]
-        self.device.store(blocks[done:] if done else blocks, now)
-        if self._await_any or (self._awaited and not self._awaited.isdisjoint(b.key for b in stored)):
+        device.store(blocks[done:] if done else blocks)
+        if self._await_any or (self._awaited and not self._awaited.isdisjoint(keys)):
             self.better_match = True
         if stored and self.events.enabled:
             self.events.record(
@@ -315,6 +328,13 @@ class KVCache:
                 token_ids=[b.content for b in stored],
             )
 
+    def _depths(self, first: int, full: int) -> list[int]:
+        """Return the tokens before each of the blocks ``first`` to ``full`` of any sequence."""
+        if full > len(self._starts):
+            size = self.block_size
+            self._starts += range(len(self._starts) * size, 2 * full * size, size)
+        return self._starts[first:full]
+
     def _displace(self, orphan: Block) -> None:
         """A block whose parent is gone makes way for its recomputed copy."""
         self._record_removed([orphan], TIER_NAMES[orphan.tier], "orphan")
@@ -324,8 +344,15 @@ class KVCache:
 
     # ---- giving up ---------------------------------------------------------------------------------------------
 
-    def release(self, table: BlockTable) -> None:
-        """Let go of everything that the table holds, tail first; published blocks stay cached."""
+    def release(self, table: BlockTable, *, returns: bool = False) -> None:
+        """Let go of everything that the table holds, tail first; published blocks stay cached.
+
+        ``returns``: the sequence will be back for them.
+        """
+        if returns and self._shares:
+            known = table.blocks[: table.num_published]
+            keys = [b.key for b in known]
+            self.lookup.expect(table.prefix, known[: keys.index(None)] if None in keys else known)
         if table.host_blocks:
             self.host.drop(table.host_blocks[::-1], self.events.time)  # type: ignore[union-attr]
             table.host_blocks = []
@@ -435,7 +462,8 @@ class KVCache:
                 self.lookup.forget(block)
         else:
             self.lookup.forget_all(blocks)
-        self._record_removed(blocks)
+        if self.events.enabled:
+            self._record_removed(blocks)
 
     def _record_removed(self, blocks: list[Block], medium: str = "device", detail: str = "") -> None:
         if not self.events.enabled:
@@ -460,15 +488,14 @@ class KVCache:
         if taken is None:
             return
         copy, now = taken[0], self.events.time
-        copy.stand_for(block)
+        copy.stand_for(block, host.births(1), now)
         published = lookup.publish(copy)
         if published.displaced is not None:
             self._displace(published.displaced)
         copy.serial = block.serial
         if published.indexed:
             self.moves.append(Move(DEVICE, block.index, HOST, copy.index))
-            host.store((copy,), now)
-            copy.hits = block.hits
+            host.store((copy,))
             self.events.record(
                 ev.BLOCK_STORED, -1, (copy.index,), (block.key or 0,), block.parent_key, medium="host"
             )

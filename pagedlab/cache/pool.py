@@ -8,6 +8,7 @@ from pagedlab.errors import InvariantBroken, PolicyError
 from pagedlab.policies.allocator import Allocator
 from pagedlab.policies.block import DEVICE, TIER_NAMES, Block
 from pagedlab.policies.eviction import Eviction
+from pagedlab.policies.view import NOTHING_KNOWN, View
 
 
 class BlockPool:
@@ -27,10 +28,11 @@ class BlockPool:
         tier: int = DEVICE,
         block_size: int,
         reserved: int = 0,
+        view: View = NOTHING_KNOWN,
     ) -> None:
         self.tier = tier
         self.block_size = block_size
-        self.blocks = [Block(i, tier) for i in range(num_blocks)]
+        self.blocks = [Block(i, tier, block_size) for i in range(num_blocks)]
         self.reserved = reserved
         self.allocator = allocator
         self.eviction = eviction
@@ -41,6 +43,7 @@ class BlockPool:
         self._on_evict = on_evict
         self._born = 0
         allocator.reset(range(reserved, num_blocks))
+        eviction.attach(view)
         eviction.reset(capacity=num_blocks - reserved)
 
     @property
@@ -60,8 +63,8 @@ class BlockPool:
 
     def has_room(self, n: int, protected: Collection[Block] = (), *, contiguous: bool = False) -> bool:
         """Whether `take` would succeed. ``protected`` cached blocks cannot be evicted. Changes nothing."""
-        spare = self.num_cached - [b.ref_count for b in protected].count(0)
-        if self.allocator.num_free + spare < n:
+        short = n - self.allocator.num_free - self.num_cached
+        if short > 0 or (short > -len(protected) and short + [b.ref_count for b in protected].count(0) > 0):
             return False
         if not contiguous or not self.allocator.contiguous or n < 2:
             return True
@@ -81,9 +84,9 @@ class BlockPool:
             return []
         allocator = self.allocator
         short = n - allocator.num_free
-        if short > 0 and not self.has_room(n, protected, contiguous=contiguous):
-            return None
         if short > 0:
+            if not self.has_room(n, protected, contiguous=contiguous):
+                return None
             self._evict(short, protected)
         indices = allocator.allocate(n, after)
         if indices is None:
@@ -95,8 +98,7 @@ class BlockPool:
                     indices = allocator.allocate(n, after)
             else:
                 indices = self._piecewise(n, after)
-        blocks = self.blocks
-        taken = [blocks[i] for i in indices]
+        taken = [self.blocks[indices[0]]] if n == 1 else list(map(self.blocks.__getitem__, indices))
         for block in taken:
             block.ref_count = 1
         return taken
@@ -115,44 +117,55 @@ class BlockPool:
         return indices
 
     def _evict(self, n: int, protected: Collection[Block]) -> None:
-        victims = self.eviction.victims(n, protected)
-        if len(set(victims)) != n or len(victims) != n:
-            raise PolicyError(
-                f"eviction {type(self.eviction).__name__} named {len(set(victims))} victims of {n}, "
-                f"though {self.num_cached} blocks are cached"
-            )
-        for block in victims:
-            if block.ref_count or block.key is None or block in protected:
-                raise PolicyError(
-                    f"eviction {type(self.eviction).__name__} named {block!r}, which it must not"
-                )
+        eviction = self.eviction
+        removed = n == 1 and not protected
+        if removed:
+            victim = eviction.evict()
+            victims = [] if victim is None else [victim]
+        else:
+            victims = eviction.victims(n, protected)
+        indices = [b.index for b in victims if b.key is not None and not b.ref_count]
+        if (
+            len(indices) != n
+            or (n > 1 and len(set(indices)) != n)
+            or (protected and set(protected) & set(victims))
+        ):
+            raise self._illegal(victims, n, protected)
         self._on_evict(victims)
-        self.eviction.remove_all(victims)
-        indices = []
+        if not removed:
+            eviction.remove_all(victims)
         for block in victims:
             block.key = None
-            indices.append(block.index)
         self.num_cached -= n
         self.allocator.free(indices)
 
-    def share(self, block: Block) -> None:
-        """One more holder of a block that is in use or cached."""
-        if block.ref_count == 0:
-            self.num_cached -= 1
-        else:
-            self.saved_tokens += block.fill
-        block.ref_count += 1
+    def _illegal(self, victims: Sequence[Block], n: int, protected: Collection[Block]) -> PolicyError:
+        name = f"eviction {type(self.eviction).__name__} named"
+        for block in victims:
+            if block.ref_count or block.key is None or block in protected:
+                return PolicyError(f"{name} {block!r}, which it must not")
+        return PolicyError(
+            f"{name} {len(set(victims))} victims of {n}, though {self.num_cached} blocks are cached"
+        )
 
-    def store(self, blocks: Sequence[Block], now: int) -> None:
-        """The blocks, in use, can be found from now on (key, serial and content are set)."""
-        born, fill = self._born, self.block_size
+    def share(self, blocks: Sequence[Block]) -> None:
+        """One more holder of each block, all of which are in use or cached."""
         for block in blocks:
-            born += 1
-            block.born = born
-            block.created = now
-            block.hits = 0
-            block.fill = fill
-        self._born = born
+            count = block.ref_count
+            if count:
+                self.saved_tokens += block.fill
+            else:
+                self.num_cached -= 1
+            block.ref_count = count + 1
+
+    def births(self, n: int) -> int:
+        """Return the first of ``n`` numbers for blocks that are to be stored (`Block.born`)."""
+        born = self._born + 1
+        self._born += n
+        return born
+
+    def store(self, blocks: Sequence[Block]) -> None:
+        """The blocks, in use, can be found from now on (what identifies their content is set)."""
         if type(self.eviction).insert is not Eviction.insert:  # many do not care
             insert = self.eviction.insert
             for block in blocks:
@@ -162,13 +175,17 @@ class BlockPool:
         """One holder less of each block, in this order; those that nobody holds become cached or free."""
         free: list[int] = []
         cached: list[Block] = []
+        keep = cached.append
         for block in blocks:
-            block.ref_count = left = block.ref_count - 1
+            left = block.ref_count - 1
+            block.ref_count = left
             if left:
                 self.saved_tokens -= block.fill
+                if left == 1:
+                    block.fill = self.block_size
             elif block.key is not None:
                 block.last_released = now
-                cached.append(block)
+                keep(block)
             else:
                 free.append(block.index)
         if cached:

@@ -20,12 +20,13 @@ another content to it. For policies that give up children before parents, as LRU
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pagedlab.errors import PolicyError
-from pagedlab.policies.block import Block
+from pagedlab.policies.block import NOBODY, Block, Origin
 from pagedlab.policies.eviction import Eviction
+from pagedlab.policies.view import View
 
 _CHUNK = 256
 """Requests between two signs of life."""
@@ -41,9 +42,23 @@ class Wanted(NamedTuple):
     keys: Sequence[int]
     chained: bool = True
     time: int = 0
-    session: str | None = None
-    request_class: str | None = None
-    salt: Hashable = None
+    origin: Origin = NOBODY
+
+
+class ReplayView(View):
+    """What a policy may know here: the trace's time, and what a token costs on a model of some shape. No queue."""
+
+    def __init__(
+        self, flops_per_token: float = 1.0, flops_per_pair: float = 0.0, bytes_per_token: float = 1.0
+    ) -> None:
+        self.flops_per_token, self.flops_per_pair = flops_per_token, flops_per_pair
+        self.bytes_per_token = bytes_per_token
+        self.time = 0
+
+    @property
+    def now(self) -> int:
+        """When the request at hand came, in picoseconds."""
+        return self.time
 
 
 def plain(
@@ -53,6 +68,7 @@ def plain(
 
     ``tail_first`` accesses the blocks of each request in reverse. Raises `PolicyError` for an illegal victim.
     """
+    view = _view_of(policy)
     resident: dict[int, Block] = {}
     find, forget = resident.get, resident.pop
     hit, release, evict = policy.hit, policy.release, policy.evict
@@ -61,7 +77,8 @@ def plain(
     born = 0
     for start in range(0, len(requests), _CHUNK):
         hits: list[int] = []
-        for keys, chained, now, session, request_class, salt in requests[start : start + _CHUNK]:
+        for keys, chained, now, origin in requests[start : start + _CHUNK]:
+            view.time = now
             found = 0
             for i, key in _backwards(keys) if tail_first else enumerate(keys):
                 block = find(key)
@@ -74,8 +91,7 @@ def plain(
                     if miss is not None:
                         miss(key)
                     if born < capacity:
-                        block = Block(born)
-                        block.fill = block_size
+                        block = Block(born, size=block_size)
                     else:
                         block = evict()
                         if block is None or forget(block.key, None) is not block:  # type: ignore[arg-type]
@@ -85,7 +101,7 @@ def plain(
                     block.key = block.serial = key
                     block.parent = block.parent_key = keys[i - 1] if i and chained else None
                     block.depth = i * block_size if chained else 0
-                    block.session, block.request_class, block.salt = session, request_class, salt
+                    block.origin = origin
                     block.born = born
                     block.created = now
                     block.hits = 0
@@ -106,6 +122,7 @@ def prefix(
 
     The keys of a request must be distinct. Raises `PolicyError` for an illegal victim.
     """
+    view = _view_of(policy)
     resident: dict[int, Block] = {}
     find = resident.get
     hit, miss, insert, release_all = policy.hit, policy.miss, policy.insert, policy.release_all
@@ -113,7 +130,8 @@ def prefix(
     made = born = 0
     for start in range(0, len(requests), _CHUNK):
         hits: list[int] = []
-        for keys, chained, now, session, request_class, salt in requests[start : start + _CHUNK]:
+        for keys, chained, now, origin in requests[start : start + _CHUNK]:
+            view.time = now
             held: list[Block] = []
             for key in keys:
                 block = find(key)
@@ -130,8 +148,7 @@ def prefix(
                 miss(key)
             fits = min(len(keys), capacity)
             while len(spare) < fits - found and made < capacity:
-                spare.append(Block(made))
-                spare[-1].fill = block_size
+                spare.append(Block(made, size=block_size))
                 made += 1
             short = fits - found - len(spare)
             if short > 0:
@@ -150,7 +167,7 @@ def prefix(
                 block.key = block.serial = key
                 block.parent = block.parent_key = parent
                 block.depth = i * block_size if chained else 0
-                block.session, block.request_class, block.salt = session, request_class, salt
+                block.origin = origin
                 block.born = born
                 block.created = now
                 block.hits = 0
@@ -166,6 +183,11 @@ def prefix(
             release_all(held)
             hits.append(found)
         yield hits
+
+
+def _view_of(policy: Eviction) -> ReplayView:
+    """The view that the policy was given, or one that nobody looks through."""
+    return policy.view if isinstance(policy.view, ReplayView) else ReplayView()
 
 
 def _backwards(keys: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from pagedlab.policies.block import Block
+from pagedlab.policies.block import Block, Origin
 from pagedlab.policies.lookup import Prefix
 
 
@@ -25,30 +25,20 @@ class BlockTable:
         "indices",
         "num_published",
         "num_tokens",
+        "origin",
         "parent",
         "parent_key",
         "prefix",
-        "request_class",
         "seq_id",
-        "session",
         "version",
     )
 
-    def __init__(
-        self,
-        seq_id: int,
-        prefix: Prefix,
-        final_len: int,
-        *,
-        session: str | None = None,
-        request_class: str | None = None,
-    ) -> None:
+    def __init__(self, seq_id: int, prefix: Prefix, final_len: int, *, origin: Origin | None = None) -> None:
         self.seq_id = seq_id
         self.prefix = prefix
         self.final_len = final_len
         """Tokens that the sequence may come to store at most: what lies beyond in its blocks is never used."""
-        self.session = session
-        self.request_class = request_class
+        self.origin = Origin(salt=prefix.salt) if origin is None else origin
         self.blocks: list[Block] = []
         self.indices: list[int] = []
         """Physical numbers of ``blocks``."""

@@ -51,7 +51,11 @@ class Engine(Seats):
         skip_ahead: bool = True,
     ) -> None:
         super().__init__(
-            config, executor.max_model_len, EventLog() if events is None else events, self._prefetch_fate
+            config,
+            executor.max_model_len,
+            EventLog() if events is None else events,
+            self._prefetch_fate,
+            getattr(executor, "shape", None),
         )
         self.executor = executor
         self.clock = clock or WallClock()
@@ -190,7 +194,7 @@ class Engine(Seats):
         num_moves = len(self.cache.moves)
         count, duration, growth = self._reach(orders, num_moves, max_steps)
         if num_moves:
-            self.executor.move(self.cache.moves)
+            self._carry_out_moves()
         if count > 1:
             total = count * duration + growth * (count * (count - 1) // 2)
             result = StepResult([], duration_ps=total)
@@ -202,7 +206,7 @@ class Engine(Seats):
         self._last_start = start + (count - 1) * duration + growth * ((count - 1) * (count - 2) // 2)
         self.events.time = self.clock.now()
         self.events.step += count - 1
-        self._commit(entries, orders.work, result, start, num_moves, count, growth)
+        self._commit(entries, orders.work, result, start, count, growth)
         self.events.step += 1
         self._settle()
         return count
@@ -354,6 +358,15 @@ class Engine(Seats):
                 return alone
         return count, first, growth
 
+    def _carry_out_moves(self) -> None:
+        """Have the moves carried out, and count those that are, also if a fault leaves the others to the next step."""
+        ordered = tuple(self.cache.moves)
+        try:
+            self.executor.move(self.cache.moves)
+        finally:
+            done = ordered[: len(ordered) - len(self.cache.moves)]
+            self.totals.moved = self.totals.moved.and_also(done)
+
     def _run_prefetch(self) -> None:
         loads = self.policies.prefetch.plan(
             tuple(self.waiting), CacheResidency(self.cache), self.config.prefetch_budget
@@ -373,7 +386,6 @@ class Engine(Seats):
         work: StepWork,
         result: StepResult,
         start: int,
-        num_moves: int,
         count: int,
         growth: int,
     ) -> None:
@@ -396,7 +408,7 @@ class Engine(Seats):
             if seq in entries:
                 cache.commit(seq.table, n)
         # What the pool holds is read when the step's tokens are in and nobody has left yet.
-        self._record(work, start, num_moves, count, growth, memory)
+        self._record(work, start, count, growth, memory)
         if self._scripts is not None:
             self.totals.output_tokens += count * len(decoders.members)
             for seq in decoders.pop_ended():
@@ -409,9 +421,7 @@ class Engine(Seats):
                 if samples and seq.status is Status.RUNNING:
                     self._take(seq, samples)
 
-    def _record(
-        self, work: StepWork, start: int, num_moves: int, count: int, growth: int, first: Memory | None
-    ) -> None:
+    def _record(self, work: StepWork, start: int, count: int, growth: int, first: Memory | None) -> None:
         total = self.events.time - start
         last = self.memory()
         record = StepRecord(
@@ -422,8 +432,9 @@ class Engine(Seats):
             num_waiting=len(self.waiting),
             prefill_tokens=work.prefill_tokens,
             decode_tokens=work.decode_seqs,
-            moves=num_moves,
+            moved=self.totals.moved,
             preemptions=self.totals.preemptions,
+            recomputed_tokens=self.totals.recomputed_tokens,
             memory=last if first is None else first,
             context_tokens=work.context_tokens,
             prefill_pairs=work.prefill_pairs,
@@ -518,6 +529,7 @@ class Engine(Seats):
         seq.status = Status.FINISHED
         seq.finish_reason = reason
         seq.finished_at = self.events.time
+        seq.table.prefix.forget()
         self.finished.append(seq)
         group = seq.group
         # Samples that have not parted yet never will.

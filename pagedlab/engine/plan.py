@@ -94,6 +94,8 @@ class Plan:
             name = type(engine.policies.scheduler).__name__
             raise PolicyError(f"scheduler {name} asked twice for {seq!r} in one step")
         n = 0
+        if self.budget <= 0 and not self._alone:
+            return 0
         if seq.status is Status.RUNNING:
             n = self.cut(seq.remaining, tokens, whole)
             if n and not engine.make_room(seq, seq.num_computed + n, self):
@@ -105,6 +107,11 @@ class Plan:
             self.entries[seq] = n
             self.budget -= n
         return n
+
+    @property
+    def _alone(self) -> bool:
+        """Whether nobody has anything of this step yet."""
+        return not self.entries and not self._engine.decoders.members
 
     def computes_next(self, seq: Sequence, match: Match) -> bool:
         """Whether this very step computes the block that would come next in the sequence's match."""
@@ -123,8 +130,7 @@ class Plan:
     def cut(self, remaining: int, tokens: int, whole: bool) -> int:
         """How much of ``remaining`` fits what was asked for and what is left of the step's budget."""
         if whole:
-            alone = not self.entries and not self._engine.decoders.members
-            return remaining if remaining <= self.budget or alone else 0
+            return remaining if remaining <= self.budget or self._alone else 0
         return max(0, min(remaining, tokens, self.budget))
 
 

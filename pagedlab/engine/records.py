@@ -3,10 +3,36 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from pagedlab.cache.accounting import Memory
+from pagedlab.cache.moves import Move
+from pagedlab.policies.block import HOST
+
+
+class Moved(NamedTuple):
+    """Blocks that an executor has copied since the run began, by the link they went over."""
+
+    to_host: int = 0
+    """Device to host: swapped out, or saved when they were evicted."""
+    to_device: int = 0
+    """Host to device: swapped in, loaded for a prefix hit, or prefetched."""
+    copied: int = 0
+    """Device to device: on write."""
+
+    def and_also(self, moves: Iterable[Move]) -> Moved:
+        """Return the counts with ``moves`` carried out as well."""
+        to_host, to_device, copied = self
+        for move in moves:
+            if move.dst_tier == HOST:
+                to_host += 1
+            elif move.src_tier == HOST:
+                to_device += 1
+            else:
+                copied += 1
+        return Moved(to_host, to_device, copied)
 
 
 @dataclass(slots=True)
@@ -25,8 +51,11 @@ class StepRecord:
     num_waiting: int
     prefill_tokens: int
     decode_tokens: int
-    moves: int
+    moved: Moved
+    """Since the run began."""
     preemptions: int
+    """Since the run began."""
+    recomputed_tokens: int
     """Since the run began."""
     memory: Memory
     context_tokens: int = 0
@@ -55,7 +84,6 @@ class StepRecord:
                 start=self.end(i - 1) if i else self.start,
                 duration=self.duration + i * self.growth,
                 context_tokens=self.context_tokens + more,
-                moves=0 if i else self.moves,
                 memory=m._replace(
                     stored=m.stored + more, reserved=reserved, internal=held - m.stored - more - reserved
                 ),
@@ -92,6 +120,8 @@ class Totals:
     recomputed_tokens: int = 0
     preemptions: int = 0
     swapped_out: int = 0
+    """Sequences preempted by swapping, not blocks: those are in `moved`."""
+    moved: Moved = field(default_factory=Moved)
     prefetch: dict[str, int] = field(
         default_factory=lambda: {"done": 0, "refused": 0, "useful": 0, "useless": 0}
     )

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from pagedlab.errors import ConfigError
+from pagedlab.policies.block import Origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,12 @@ class Hints:
     """Seconds on the engine's clock."""
     agent_step: int | None = None
     """Step of an agent graph."""
+    next_step: int | None = None
+    """Step of the same session at which this agent runs again (eviction `kvflow` uses it)."""
+    retention_priority: int | None = None
+    """How much the cached blocks are worth, from 0 to 100 (eviction `ttl` uses it)."""
+    retention_seconds: float | None = None
+    """How long that priority lasts after the last use of a block; None: for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,3 +111,17 @@ class Request:
     text: str | None = None
     follows: str | None = None
     think_time: float = 0.0
+
+    @property
+    def origin(self) -> Origin:
+        """What the blocks that it stores will say of where they come from."""
+        hints = self.hints
+        return Origin(
+            self.session,
+            self.request_class,
+            self.salt,
+            hints.agent_step,
+            hints.next_step,
+            hints.retention_priority,
+            hints.retention_seconds,
+        )

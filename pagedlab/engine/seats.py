@@ -14,10 +14,12 @@ from pagedlab.cache.accounting import Memory
 from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.table import BlockTable
 from pagedlab.config import Config
+from pagedlab.costs.shape import ModelShape
 from pagedlab.engine.decoders import Decoders
 from pagedlab.engine.plan import Plan
 from pagedlab.engine.records import Totals
 from pagedlab.engine.sequence import Sequence, Status
+from pagedlab.engine.view import EngineView
 from pagedlab.errors import ConfigError, PolicyError, RequestTooLarge
 from pagedlab.events import EventLog
 from pagedlab.policies.block import Block
@@ -35,6 +37,7 @@ class Seats:
         max_model_len: int,
         events: EventLog,
         on_prefetch_fate: Callable[[Block, str], None],
+        shape: ModelShape | None,
     ) -> None:
         self.config = config
         self.events = events
@@ -43,6 +46,8 @@ class Seats:
         """The clones that this run works on."""
         refuse_future(policies)
         self.totals = Totals()
+        self.waiting: deque[Sequence] = deque()
+        """The queue, front first."""
         self.cache = KVCache(
             num_blocks=config.num_blocks,
             block_size=config.block_size,
@@ -54,10 +59,9 @@ class Seats:
             null_block=config.null_block,
             events=events,
             on_prefetch_fate=on_prefetch_fate,
+            view=EngineView(events, self.waiting, shape, config.block_size),
         )
         policies.scheduler.reset()
-        self.waiting: deque[Sequence] = deque()
-        """The queue, front first."""
         self.running: list[Sequence] = []
         """Sequences that hold device blocks, oldest admission first."""
         self.decoders = Decoders(config.block_size)
@@ -196,7 +200,7 @@ class Seats:
         self._stop(seq)
         swapped = self.policies.preemption.mode(seq) == "swap" and self.cache.swap_out(seq.table)
         if not swapped:
-            self.cache.release(seq.table)
+            self.cache.release(seq.table, returns=True)
         seq.num_preemptions += 1
         self.totals.preemptions += 1
         self.totals.swapped_out += swapped

@@ -90,8 +90,7 @@ class Sequence:
             make_prefix(tokens, block_size, request.salt),
             # The last token that is generated is never fed back, so it is never stored.
             max(self.prompt_len, max_len - 1),
-            session=request.session,
-            request_class=request.request_class,
+            origin=request.origin,
         )
         self.status = Status.WAITING
         self.to_fork = 0

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from pagedlab.costs.shape import ModelShape
 from pagedlab.engine.orders import TIER_NAMES, Move, SequenceStep, StepOrders, StepResult
 from pagedlab.errors import ConfigError, InvariantBroken
 from pagedlab.executors.linears import FastPath
@@ -76,6 +77,7 @@ class ModelExecutor:
         self.poison = poison
         self.eos_token_ids = self.loaded.eos_token_ids
         self.max_model_len = self.loaded.max_model_len
+        self.shape = _shape_of(self.model)
         self.num_blocks = self.block_size = self.host_blocks = 0
         self._tiers: tuple[list[torch.Tensor], ...] = ([], [])
         self._rows = _Rows(layout, 0, 0)
@@ -392,3 +394,11 @@ def _make_attention(kernel: Kernel, layout: Layout) -> PagedAttention:
     module, _, attribute = kernel.implementation.partition(":")
     made = getattr(import_module(module), attribute)(layout, **kernel.get_params())
     return made  # type: ignore[no-any-return]
+
+
+def _shape_of(model: PreTrainedModel) -> ModelShape | None:
+    """Return what policies count work with; None for a model that one shape of layer does not describe."""
+    try:
+        return ModelShape.from_hf_config(model.config)
+    except ConfigError:
+        return None

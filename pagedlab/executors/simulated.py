@@ -11,7 +11,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from pagedlab.costs.base import CostModel, StepWork
-from pagedlab.engine.orders import DEVICE, Move, StepOrders, StepResult
+from pagedlab.costs.shape import ModelShape
+from pagedlab.engine.orders import Move, StepOrders, StepResult
+from pagedlab.engine.records import Moved
 from pagedlab.engine.request import Request
 from pagedlab.engine.script import Script
 from pagedlab.errors import ConfigError
@@ -21,7 +23,7 @@ Outputs = Mapping[tuple[str, int], Script] | Callable[[Request, int], Script | S
 
 
 class SimulatedExecutor:
-    """Takes the place of a model. ``bytes_per_block`` is what a block weighs on the links between tiers."""
+    """Takes the place of a model. ``shape`` says what a token weighs on the links between tiers."""
 
     eos_token_ids: frozenset[int] = frozenset()
 
@@ -31,27 +33,25 @@ class SimulatedExecutor:
         *,
         outputs: Outputs | None = None,
         max_model_len: int = 1 << 40,
-        bytes_per_token: int = 0,
+        shape: ModelShape | None = None,
         vocab_size: int | None = None,
         tokenize: Callable[[str], list[int]] | None = None,
     ) -> None:
         self.cost = cost
         self.outputs = outputs
         self.max_model_len = max_model_len
-        self.bytes_per_token = bytes_per_token
+        self.shape = shape
         self.vocab_size = vocab_size
         """Token ids there are, for prompts that are to look as they do to a model; None takes any."""
         self.tokenize = tokenize
-        self.moved_bytes: dict[str, int] = {"to_host": 0, "to_device": 0}
-        """Bytes moved between tiers since `prepare`."""
         self._transfer = 0
-        self._block_bytes = 0
+        self.kv_bytes_per_block = 0
+        """Bytes of one block's keys and values, all layers (0 before `prepare`, or if unknown)."""
 
     def prepare(self, *, num_blocks: int, block_size: int, host_blocks: int, max_num_seqs: int) -> None:
         """Forget the last run."""
-        self._block_bytes = block_size * self.bytes_per_token
+        self.kv_bytes_per_block = 0 if self.shape is None else block_size * self.shape.kv_bytes_per_token
         self._transfer = 0
-        self.moved_bytes = {"to_host": 0, "to_device": 0}
 
     def script(self, request: Request, sample_index: int, unique: int) -> Script:
         """See `pagedlab.engine.orders.Scripted`."""
@@ -74,16 +74,11 @@ class SimulatedExecutor:
 
     def move(self, moves: deque[Move]) -> None:
         """Note what goes over the links; copies within a tier cost nothing beside a step."""
-        up = down = 0
-        for move in moves:
-            if move.src_tier != move.dst_tier:
-                up, down = (up + 1, down) if move.dst_tier == DEVICE else (up, down + 1)
+        moved = Moved().and_also(moves)
         moves.clear()
-        self.moved_bytes["to_device"] += up * self._block_bytes
-        self.moved_bytes["to_host"] += down * self._block_bytes
         # The link is full-duplex: what comes up and what goes down do not wait for each other.
-        if up or down:
-            self._transfer += self.cost.transfer_ps(max(up, down) * self._block_bytes, "host")
+        if blocks := max(moved.to_device, moved.to_host):
+            self._transfer += self.cost.transfer_ps(blocks * self.kv_bytes_per_block, "host")
 
     def execute(self, orders: StepOrders) -> StepResult:
         """Return how long the step takes: transfers run beside the computation, layer by layer, and one that takes

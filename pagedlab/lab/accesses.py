@@ -135,7 +135,8 @@ def _of_requests(requests: Sequence[Request], block_size: int | None, name: str)
                 f"{name}: request {r.request_id!r} is a text; replay needs token ids or hashes"
             )
         time = to_ps(r.arrival) if timed else i * PS_PER_SECOND
-        wanted.append(Wanted(_keys(r, size, i), True, time, r.session, r.request_class, r.salt))
+        origin = r.origin
+        wanted.append(Wanted(_keys(r, size, i), True, time, origin))
     return _checked(Accesses(name, wanted, [r.request_id for r in requests], size))
 
 

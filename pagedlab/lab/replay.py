@@ -9,7 +9,9 @@ from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
-from pagedlab.cache.replay import plain, prefix
+from pagedlab.cache.replay import ReplayView, plain, prefix
+from pagedlab.costs import find_model
+from pagedlab.costs.shape import ModelShape
 from pagedlab.engine.clock import to_seconds
 from pagedlab.errors import ConfigError, nearest
 from pagedlab.lab import page
@@ -129,7 +131,7 @@ class Replay:
             {
                 "request_id": self.trace.request_ids[: len(wanted)],
                 "time": [to_seconds(w.time) for w in wanted],
-                "session": [w.session for w in wanted],
+                "session": [w.origin.session for w in wanted],
                 "blocks": [len(w.keys) for w in wanted],
                 "hits": self.request_hits,
             }
@@ -239,6 +241,7 @@ def replay(
     semantics: Semantics = ...,
     touch_order: TouchOrder = ...,
     block_size: int | None = ...,
+    model: str = ...,
     progress: bool | None = ...,
 ) -> Replay: ...
 @overload
@@ -250,6 +253,7 @@ def replay(
     semantics: Semantics = ...,
     touch_order: TouchOrder = ...,
     block_size: int | None = ...,
+    model: str = ...,
     progress: bool | None = ...,
 ) -> Replay | MissRatioCurve: ...
 def replay(
@@ -260,6 +264,7 @@ def replay(
     semantics: Semantics = "prefix",
     touch_order: TouchOrder = "prefix_first",
     block_size: int | None = None,
+    model: str = "llama-3.1-8b",
     progress: bool | None = None,
 ) -> Replay | MissRatioCurve:
     """Replay a trace's block accesses against a cache of ``num_blocks`` blocks and count hits.
@@ -268,8 +273,9 @@ def replay(
     ``eviction`` is any policy of the slot, by name or as an object; several (a list, or a dict by title) or several
     sizes give a `MissRatioCurve`. ``semantics``: ``"prefix"`` counts as a serving engine does, ``"plain"`` as the
     literature on caches does (see `pagedlab.cache.replay`). ``touch_order`` is the order of a request's accesses for
-    ``"plain"``; a prefix is always looked up from its first block and released tail first. ``progress``: a bar; None
-    shows one where somebody can see it. Ctrl-C keeps what there is.
+    ``"plain"``; a prefix is always looked up from its first block and released tail first. ``model`` (of the catalogue)
+    is whose work is saved, for policies that weigh it. ``progress``: a bar; None shows one where somebody can see it.
+    Ctrl-C keeps what there is.
 
     Only prompts count: traces do not say what was generated. Requests come one after the other, in the trace's order.
 
@@ -289,6 +295,7 @@ def replay(
     if not sizes:
         raise ConfigError("num_blocks is empty")
     wanted = accesses(trace, block_size)
+    shape = find_model(model)
     if semantics == "prefix":
         wanted.check_distinct()
     points: list[Replay] = []
@@ -297,7 +304,7 @@ def replay(
     try:
         for title, policy in named.items():
             for size in sizes:
-                point = _one(wanted, title, policy, size, semantics, touch_order, bar)
+                point = _one(wanted, title, policy, size, semantics, touch_order, bar, shape)
                 if single:
                     return point
                 if point.interrupted:
@@ -348,9 +355,12 @@ def _one(
     semantics: Semantics,
     touch_order: TouchOrder,
     bar: Any = None,
+    shape: ModelShape | None = None,
 ) -> Replay:
     """Replay a fresh clone of the policy; on Ctrl-C return what was counted until then."""
     policy = configured.clone()
+    if shape is not None:
+        policy.attach(ReplayView(shape.flops_per_token, shape.pair_flops, shape.kv_bytes_per_token))
     tail_first = touch_order == "tail_first"
     more = {"future": trace.future(tail_first)} if policy.needs_future else {}
     policy.reset(capacity=num_blocks, **more)

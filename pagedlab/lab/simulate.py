@@ -79,9 +79,7 @@ def simulate(
         if facts["has_text"] and any(r.text is not None for r in given):
             like["tokenize"] = _tokenizer(outputs.description["model"])
         outputs = scripts_of(outputs)
-    executor = SimulatedExecutor(
-        price, outputs=outputs, bytes_per_token=0 if shape is None else shape.kv_bytes_per_token, **like
-    )
+    executor = SimulatedExecutor(price, outputs=outputs, shape=shape, **like)
     job = Job(
         config,
         given,

@@ -8,10 +8,34 @@ The cache owns and changes these objects; policies only read them. They hash by 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import NamedTuple
 
 DEVICE = 0
 HOST = 1
 TIER_NAMES = ("device", "host")
+
+
+GONE = -1
+"""Serial of what holds no findable content."""
+
+
+class Origin(NamedTuple):
+    """Whose sequence stored a block, and what its request said about it."""
+
+    session: str | None = None
+    request_class: str | None = None
+    salt: Hashable = None
+    agent_step: int | None = None
+    """Step of the session's workflow at which it was stored."""
+    next_step: int | None = None
+    """Step at which it will be needed next."""
+    retention_priority: int | None = None
+    """0 to 100."""
+    retention_seconds: float | None = None
+    """How long the priority lasts; None: for ever."""
+
+
+NOBODY = Origin()
 
 
 class Block:
@@ -32,35 +56,32 @@ class Block:
         "index",
         "key",
         "last_released",
+        "origin",
         "parent",
         "parent_key",
         "ref_count",
-        "request_class",
-        "salt",
         "serial",
-        "session",
         "tier",
     )
 
-    def __init__(self, index: int, tier: int = DEVICE) -> None:
+    def __init__(self, index: int, tier: int = DEVICE, size: int = 0) -> None:
         self.index = index
         """Physical block number in its tier."""
         self.tier = tier
         self.ref_count = 0
         """Tables that hold the block."""
-        self.fill = 0
-        """Tokens in it while it is shared (a shared block is never written)."""
+        self.fill = size
+        """Tokens in it while it is shared (a shared block is never written); else what it can hold."""
         self.key: int | None = None
-        self.serial = -1
+        self.serial = GONE
         """Identity of the content; copies in several tiers have the same."""
         self.parent: Hashable = None
         self.parent_key: int | None = None
         self.content: Hashable = None
-        self.salt: Hashable = None
+        self.origin = NOBODY
+        """Session, request class and salt of the sequence that stored it."""
         self.depth = 0
         """Tokens before this block in its sequence."""
-        self.session: str | None = None
-        self.request_class: str | None = None
         self.hits = 0
         """Admissions that found it, since it was stored."""
         self.born = -1
@@ -70,11 +91,26 @@ class Block:
         self.last_released = 0
         """Engine time of the last release, in picoseconds."""
 
-    def stand_for(self, other: Block) -> None:
-        """Take on what identifies the content of ``other``, of which this block (in another tier) is a copy."""
+    @property
+    def session(self) -> str | None:
+        """The session whose sequence stored it."""
+        return self.origin.session
+
+    @property
+    def request_class(self) -> str | None:
+        """The class of the request that stored it."""
+        return self.origin.request_class
+
+    @property
+    def salt(self) -> Hashable:
+        """The tenant that stored it."""
+        return self.origin.salt
+
+    def stand_for(self, other: Block, born: int, now: int) -> None:
+        """Take on the content of ``other``, of which this block (in another tier) becomes a copy."""
         self.key, self.parent, self.parent_key = other.key, other.parent, other.parent_key
-        self.content, self.salt, self.depth = other.content, other.salt, other.depth
-        self.session, self.request_class = other.session, other.request_class
+        self.content, self.depth, self.origin = other.content, other.depth, other.origin
+        self.born, self.created, self.hits = born, now, other.hits
 
     def __repr__(self) -> str:
         state = "in use" if self.ref_count else "cached" if self.key is not None else "free"

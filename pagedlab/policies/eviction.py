@@ -16,8 +16,8 @@ Two ways to write one:
 * simple: give `priority(block)`, lowest goes first, ties in the order of release. The library keeps a heap;
   the score is read at release (set ``dynamic = True`` for one that changes with time: it is then read again for
   every candidate whenever a victim is needed, O(cached)).
-* full: override the observations and `victims`. `evict`, `release_all` and `remove_all` are short cuts for callers
-  that count nanoseconds; who overrides a plain method gets short cuts that follow from it.
+* full: override the observations and `victims`. `evict`, `hit_all`, `release_all` and `remove_all` are short cuts for
+  callers that count nanoseconds; who overrides a plain method gets short cuts that follow from it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Sequence
 from heapq import heapify, heappop, heappush
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, ClassVar
 
 from pagedlab.policies.base import Policy
 from pagedlab.policies.block import Block
+from pagedlab.policies.view import NOTHING_KNOWN, View
 from pagedlab.registry import register
 
 Score = float | tuple[float, ...]
@@ -44,6 +45,17 @@ class Eviction(Policy):
     """`reset` wants ``future``: the keys of all accesses to come, in the order in which `hit` and `miss` will tell of
     them. Only `replay` can give that; see `pagedlab.policies.bounds`.
     """
+
+    _view = NOTHING_KNOWN
+
+    @property
+    def view(self) -> View:
+        """The time, the queue and the costs, as far as this run knows them."""
+        return self._view
+
+    def attach(self, view: View) -> None:
+        """See the world through ``view`` from the next `reset` on."""
+        self._view = view
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -123,6 +135,11 @@ class Eviction(Policy):
         self.remove(chosen[0])
         return chosen[0]
 
+    def hit_all(self, blocks: Sequence[Block]) -> None:
+        """`hit` each of ``blocks``, in this order."""
+        for block in blocks:
+            self.hit(block)
+
     def release_all(self, blocks: Sequence[Block]) -> None:
         """`release` each of ``blocks``, in this order."""
         for block in blocks:
@@ -138,7 +155,12 @@ class Eviction(Policy):
         return {}
 
 
-_SHORT_CUTS = {"evict": ("victims", "remove"), "release_all": ("release",), "remove_all": ("remove",)}
+_SHORT_CUTS = {
+    "evict": ("victims", "remove"),
+    "hit_all": ("hit",),
+    "release_all": ("release",),
+    "remove_all": ("remove",),
+}
 """Methods that a policy may give to save calls, and the plain ones that they stand for."""
 
 
@@ -149,36 +171,76 @@ def _depth(cls: type, method: str) -> int:
 
 @register("eviction", "lru")
 class LRU(Eviction):
-    """Give up the block released longest ago (vLLM). O(1) an operation."""
+    """Give up the block released longest ago (vLLM). O(1) an operation, amortised.
+
+    A dictionary keeps the order of release. Its front fills with holes, so it is not read from there for every victim:
+    a look copies the oldest quarter, and victims come from the copy as long as they have not been used since. When a
+    block was released says so: before the look, or after it.
+    """
 
     def reset(self, *, capacity: int) -> None:
-        self._order: OrderedDict[Block, None] = OrderedDict()
+        self._capacity = capacity
+        self._order: dict[Block, int] = {}
+        """Released blocks, and how many looks there had been."""
+        self._oldest: list[Block] = []
+        """What the last look saw, the oldest last."""
+        self._looks = 0
 
     def hit(self, block: Block) -> None:
-        if block in self._order:
-            del self._order[block]
+        self._order.pop(block, None)
 
     def release(self, block: Block) -> None:
-        self._order[block] = None
+        self._order[block] = self._looks
 
     def remove(self, block: Block) -> None:
         self._order.pop(block, None)
 
     def victims(self, n: int, protected: Collection[Block] = ()) -> list[Block]:
-        order = (b for b in self._order if b not in protected) if protected else iter(self._order)
-        chosen = list(islice(order, n))
-        return chosen if len(chosen) == n else []
+        if protected:
+            order = (b for b in self._order if b not in protected)
+            chosen = list(islice(order, n))
+            return chosen if len(chosen) == n else []
+        if len(self._order) < n:
+            return []
+        get, oldest, looks = self._order.get, self._oldest, self._looks
+        while oldest and get(oldest[-1], looks) == looks:
+            oldest.pop()
+        chosen = oldest[: -n - 1 : -1]
+        if len(chosen) == n and max(map(get, chosen, repeat(looks)), default=-1) < looks:
+            return chosen
+        self._look(n)
+        return self._oldest[: -n - 1 : -1]
 
     def evict(self) -> Block | None:
-        return self._order.popitem(last=False)[0] if self._order else None
+        order, oldest, looks = self._order, self._oldest, self._looks
+        while oldest:
+            block = oldest.pop()
+            if order.get(block, looks) < looks:
+                del order[block]
+                return block
+        if not order:
+            return None
+        self._look(1)
+        return self.evict()
+
+    def _look(self, least: int) -> None:
+        if 8 * len(self._order) < self._capacity:
+            self._order = dict(self._order)  # mostly holes
+        self._oldest = list(islice(self._order, max(least, 64, len(self._order) // 4)))[::-1]
+        self._looks += 1
+
+    def hit_all(self, blocks: Sequence[Block]) -> None:
+        pop = self._order.pop
+        for block in blocks:
+            pop(block, None)
 
     def release_all(self, blocks: Sequence[Block]) -> None:
-        order = self._order
-        for block in blocks:
-            order[block] = None
+        self._order.update(dict.fromkeys(blocks, self._looks))
 
     def remove_all(self, blocks: Sequence[Block]) -> None:
-        pop = self._order.pop
+        pop, oldest, n = self._order.pop, self._oldest, len(blocks)
+        if oldest[: -n - 1 : -1] == blocks:
+            del oldest[-n:]
         for block in blocks:
             pop(block, None)
 

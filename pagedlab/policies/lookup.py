@@ -17,12 +17,12 @@ from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from typing import ClassVar, Literal, NamedTuple
 
 from pagedlab.errors import ConfigError
 from pagedlab.policies.base import Policy
-from pagedlab.policies.block import DEVICE, Block
+from pagedlab.policies.block import DEVICE, GONE, Block
 from pagedlab.policies.prompt import HashedTokens, private_id
 from pagedlab.registry import register
 
@@ -42,7 +42,7 @@ class Prefix:
     ``(key(i - 1), content(i))``, in Python's own hash of integers, which is the same in every process.
     """
 
-    __slots__ = ("_contents", "_keys", "block_size", "salt", "tokens")
+    __slots__ = ("_contents", "_keys", "block_size", "found", "salt", "tokens")
 
     def __init__(self, tokens: list[int], block_size: int, salt: Hashable = None) -> None:
         self.tokens = tokens
@@ -50,6 +50,8 @@ class Prefix:
         self.salt = salt
         self._contents: list[Hashable] = []
         self._keys: list[int] = []
+        self.found: tuple[list[Block], list[int]] | None = None
+        """For the lookup to note what it found last: blocks and their serials then."""
 
     def keys(self, num_blocks: int) -> list[int]:
         """Return chained hashes of at least the first ``num_blocks`` full blocks (a list that belongs to the
@@ -72,6 +74,10 @@ class Prefix:
         self.keys(num_blocks)
         return self._contents
 
+    def forget(self) -> None:
+        """Let go of all that can be computed again: nobody will ask soon."""
+        self._keys, self._contents, self.found = [], [], None
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -88,40 +94,45 @@ class HashedPrefix(Prefix):
     what follows in its block, is private.
     """
 
-    __slots__ = ("_hashed",)
+    __slots__ = ()
 
     tokens: HashedTokens  # type: ignore[assignment]
 
     def __init__(self, tokens: HashedTokens, block_size: int, salt: Hashable = None) -> None:
         super().__init__(tokens, block_size, salt)  # type: ignore[arg-type]
-        prompt = tokens.prompt
-        size, ids = prompt.hash_block, prompt.hash_ids[: prompt.num_full]
-        if size == block_size:
-            known = list(ids)
-        elif size % block_size == 0:
-            parts = size // block_size
-            known = [h * parts + i for h in ids for i in range(parts)]
-        elif block_size % size == 0:
-            parts = block_size // size
-            known = list(ids[parts - 1 :: parts])
-        else:
+        size = tokens.prompt.hash_block
+        if size % block_size and block_size % size:
             raise ConfigError(
                 f"block_size {block_size} does not fit hashes of {size} tokens: one must be a multiple of the other"
             )
-        if salt is not None:
-            start = salt_key(salt)
-            known = [hash((start, k)) for k in known]
-        self._hashed = known
-        self._keys = known
-        # One list is enough: what identifies a hashed block is its key.
-        self._contents = known  # type: ignore[assignment]
 
     def keys(self, num_blocks: int) -> list[int]:
         """Return keys of at least the first ``num_blocks`` blocks."""
-        keys, unique = self._keys, self.tokens.unique
-        while len(keys) < num_blocks:
-            keys.append(private_id(unique, len(keys)))
+        keys = self._keys
+        if len(keys) < num_blocks:
+            if not keys:
+                # One list is enough: what identifies a hashed block is its key.
+                self._keys = self._contents = keys = self._prompt_keys()  # type: ignore[assignment]
+            unique = self.tokens.unique
+            while len(keys) < num_blocks:
+                keys.append(private_id(unique, len(keys)))
         return keys
+
+    def _prompt_keys(self) -> list[int]:
+        prompt, block_size = self.tokens.prompt, self.block_size
+        size, ids = prompt.hash_block, prompt.hash_ids[: prompt.num_full]
+        if size == block_size:
+            known = list(ids)
+        elif size > block_size:
+            parts = size // block_size
+            known = list(chain.from_iterable([range(h * parts, h * parts + parts) for h in ids]))
+        else:
+            parts = block_size // size
+            known = list(ids[parts - 1 :: parts])
+        if self.salt is not None:
+            start = salt_key(self.salt)
+            known = [hash((start, k)) for k in known]
+        return known
 
     def piece(self, start: int, stop: int) -> Sequence[int]:
         """Return nothing: no part of a block can be compared."""
@@ -198,12 +209,15 @@ class Lookup(Policy):
                 special.append((i, answer))
         return special
 
+    def expect(self, prefix: Prefix, blocks: list[Block]) -> None:
+        """A hint: the sequence of ``prefix`` gives up ``blocks``, the beginning of its chain, and will ask for them."""
+
     @abstractmethod
     def forget(self, block: Block) -> None:
         """Take an indexed block out."""
 
     def forget_all(self, blocks: Sequence[Block]) -> None:
-        """`forget` each of ``blocks``."""
+        """`forget` each of ``blocks``, which lie in one tier."""
         for block in blocks:
             self.forget(block)
 
@@ -251,11 +265,12 @@ class ChainedHash(Lookup):
         limit = max_tokens // self._block_size
         keys = prefix.keys(limit)
         contents = prefix.contents(limit)
-        found: list[Block] = []
-        parent: Hashable = (prefix.salt,)
+        found = self._still_there(prefix, limit)
+        start = len(found)
+        parent: Hashable = found[-1].serial if found else (prefix.salt,)
         get = self._index[DEVICE].get
         lower = self._index[1:]
-        for key, content in zip(islice(keys, limit), contents):
+        for key, content in zip(islice(keys, start, limit), islice(contents, start, None)):
             block = get(key)
             if block is None or block.parent != parent or block.content != content:
                 for index in lower:
@@ -266,7 +281,28 @@ class ChainedHash(Lookup):
                     break
             found.append(block)
             parent = block.serial
-        return Match(found, len(found) * self._block_size) if found else NO_MATCH
+        if not found:
+            return NO_MATCH
+        if not lower:
+            prefix.found = found, [b.serial for b in found]
+        return Match(found, len(found) * self._block_size)
+
+    def _still_there(self, prefix: Prefix, limit: int) -> list[Block]:
+        """Return the first blocks of the last match that still hold what they held: a serial says so.
+
+        Who is refused is asked for again, step after step, and most of what was found is found again.
+        """
+        if prefix.found is None or len(self._index) > 1:
+            return []
+        blocks, serials = prefix.found
+        now = [b.serial for b in blocks]
+        if now != serials:
+            return blocks[: next(i for i, (a, b) in enumerate(zip(now, serials)) if a != b)][:limit]
+        return blocks[:limit]
+
+    def expect(self, prefix: Prefix, blocks: list[Block]) -> None:
+        if len(self._index) == 1:
+            prefix.found = blocks, [b.serial for b in blocks]
 
     def publish(self, block: Block) -> Published:
         assert block.key is not None
@@ -278,6 +314,7 @@ class ChainedHash(Lookup):
                 if resident.parent == block.parent:
                     return Published(resident.serial, False)
                 displaced = resident
+                displaced.serial = GONE
             else:
                 self._next_serial += 1
                 return Published(self._next_serial, False)
@@ -312,13 +349,19 @@ class ChainedHash(Lookup):
         assert block.key is not None
         if self._index[block.tier].get(block.key) is block:
             del self._index[block.tier][block.key]
+            block.serial = GONE
 
     def forget_all(self, blocks: Sequence[Block]) -> None:
-        index = self._index
+        if not blocks:
+            return
+        here = self._index[blocks[0].tier]
+        take = here.pop
         for block in blocks:
-            here = index[block.tier]
-            if here.get(block.key) is block:  # type: ignore[arg-type]
-                del here[block.key]  # type: ignore[arg-type]
+            found = take(block.key, None)  # type: ignore[arg-type]
+            if found is block:
+                block.serial = GONE
+            elif found is not None:
+                here[block.key] = found  # type: ignore[index]
 
     def copy_in(self, block: Block, tier: int) -> Block | None:
         assert block.key is not None
