@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from pagedlab.lab.saved import load_run as load_run
     from pagedlab.lab.session import run as run
     from pagedlab.lab.simulate import simulate as simulate
+    from pagedlab.lab.sweep import Sweep as Sweep
+    from pagedlab.lab.sweep import load_sweep as load_sweep
+    from pagedlab.lab.sweep import sweep as sweep
     from pagedlab.registry import list_policies as list_policies
     from pagedlab.registry import make as make
     from pagedlab.registry import register as register
@@ -67,18 +70,21 @@ _HOME = {
     "ResultsError": "pagedlab.errors",
     "Run": "pagedlab.lab.results",
     "SamplingParams": "pagedlab.engine.request",
+    "Sweep": "pagedlab.lab.sweep",
     "Workload": "pagedlab.workloads",
     "WorkloadError": "pagedlab.errors",
     "compare": "pagedlab.lab.compare",
     "expand": "pagedlab.lab.grid",
     "list_policies": "pagedlab.registry",
     "load_run": "pagedlab.lab.saved",
+    "load_sweep": "pagedlab.lab.sweep",
     "make": "pagedlab.registry",
     "register": "pagedlab.registry",
     "replay": "pagedlab.lab.replay",
     "run": "pagedlab.lab.session",
     "simulate": "pagedlab.lab.simulate",
     "start": "pagedlab.lab.live",
+    "sweep": "pagedlab.lab.sweep",
 }
 _MODULES = ("policies", "workloads", "errors", "widgets")
 
