@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pagedlab import cli
+from pagedlab.cli.lab import lab_command
 from pagedlab.config import PRESETS
 from pagedlab.engine.engine import Engine
 
@@ -60,6 +63,13 @@ def test_list_json() -> None:
     said = answer("list", "eviction", "--json")
     assert set(said) >= {"command", "versions", "hardware", "results"}
     assert {"lru", "lfu", "fifo"} <= {row["name"] for row in said["results"]}
+
+
+def test_the_command_starts_quickly() -> None:
+    """What a command needs is imported when it is called."""
+    heavy = {"torch", "transformers", "numba", "pandas", "matplotlib", "numpy", "rich.table"}
+    code = f"import sys, pagedlab.cli; loaded = {heavy} & set(sys.modules); assert not loaded, loaded"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_version() -> None:
@@ -205,6 +215,42 @@ def test_compare_json_and_report(tmp_path: Path) -> None:
     assert report.read_text().startswith("<!doctype html>")
 
 
+def test_compare_counts_goodput_by_a_service_level() -> None:
+    command = ("compare", "chat", "--how", "simulate", "--model", "llama-3.1-8b", "--requests", "6")
+    rows = answer(*command, "--slo", "ttft=0.5", "--slo", "tpot=1", "--json")["results"]
+    assert rows[0]["goodput_share"] == 1.0
+    assert rows[0]["itl_p90"] > 0
+    assert "goodput/s" in invoke(*command, "--slo", "ttft=0.5").stdout
+    assert "goodput/s" not in invoke(*command).stdout
+    assert "did you mean 'ttft'" in refused(*command, "--slo", "ttf=1")
+    for text in ("ttft", "ttft=fast", "=1"):
+        assert refused(*command, "--slo", text)
+
+
+@pytest.mark.parametrize("width", [100, 160])
+def test_a_comparison_of_many_is_printed_whole(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagedlab.cli.output._NO_TERMINAL", width)
+    command = ("compare", "chat", "--how", "simulate", "--model", "llama-3.1-8b", "--requests", "8")
+    sets = (
+        "--set",
+        "eviction=lru,lfu,fifo",
+        "--set",
+        "preemption=recompute,swap",
+        "--set",
+        "lookup=radix,none",
+    )
+    result = invoke(*command, "--num-blocks", "40", *sets)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    for word, times in (("eviction=lfu", 4), ("preemption=recompute", 6), ("lookup=none", 6)):
+        assert words.count(word) == times, "no name is broken within a word"
+    heads = [line for line in lines if line.strip().startswith("TTFT mean")]
+    assert 1 < len(heads) <= 5, "as many side by side as there is room for"
+    assert sum(line.count("ms") + len(re.findall(r"\d s\b", line)) for line in heads) == 12
+
+
 def test_compare_presets_by_name() -> None:
     result = invoke(
         "compare", "mixed-lengths", "--preset", "vllm,orca-max", "--requests", "3", "--max-tokens", "4"
@@ -219,13 +265,13 @@ def test_bench_prints_one_object(monkeypatch: pytest.MonkeyPatch) -> None:
 
     fake = ModuleType("pagedlab.bench.cache")
     fake.main = lambda json=False: [{"what": "admit", "per_s": 1234.5}]  # type: ignore[attr-defined]
-    monkeypatch.setattr(cli, "import_module", lambda name: fake)
+    monkeypatch.setattr("pagedlab.cli.bench.import_module", lambda name: fake)
     assert answer("bench", "cache", "--json")["results"] == [{"what": "admit", "per_s": 1234.5}]
     assert "admit" in invoke("bench", "cache").stdout
 
 
 def test_lab_keeps_its_token_and_its_address(tmp_path: Path) -> None:
-    command = cli.lab_command(tmp_path, ["--ServerApp.ip=0.0.0.0", "--no-browser"])
+    command = lab_command(tmp_path, ["--ServerApp.ip=0.0.0.0", "--no-browser"])
     assert command[-1] == "--ServerApp.ip=127.0.0.1"
     assert not [part for part in command if ".token" in part or "password" in part]
 

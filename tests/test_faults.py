@@ -39,6 +39,7 @@ class Faulty(StubExecutor):
         self.error = error
         self.calls = 0
         self.raised = 0
+        self.moves_done = 0
 
     def _due(self, where: str) -> int | None:
         kind, at = self.faults.get(self.calls, ("", 0))
@@ -47,11 +48,13 @@ class Faulty(StubExecutor):
     def move(self, moves: deque[Move]) -> None:
         at = self._due("move")
         if at is None:
+            self.moves_done += len(moves)
             return super().move(moves)
         self.calls += 1
         for _ in range(min(at, len(moves))):
             super().move(deque([moves[0]]))
             moves.popleft()
+            self.moves_done += 1
         self.raised += 1
         raise self.error("copying failed")
 
@@ -121,7 +124,7 @@ def test_faults_really_hit_moves_and_batches() -> None:
     for request in scenario.requests:
         plain.add(request)
     plain.run()
-    assert sum(r.moves for r in plain.steps) > 10
+    assert sum(plain.totals.moved) > 10
     for kind in ("move", "execute"):
         executor = faulty(scenario, {i: (kind, i % 3) for i in range(0, 400, 2)})
         engine = Engine(scenario.config, executor, clock=StepClock())
@@ -129,6 +132,8 @@ def test_faults_really_hit_moves_and_batches() -> None:
             engine.add(request)
         assert persist(engine, scenario) > 10
         says_the_truth(engine, scenario)
+        assert sum(engine.totals.moved) == executor.moves_done > 10, "what a fault cut short is counted once"
+        assert engine.steps[-1].moved == engine.totals.moved
 
 
 def test_ctrl_c_keeps_what_there_is() -> None:

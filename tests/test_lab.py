@@ -22,6 +22,8 @@ import pagedlab as pl
 from pagedlab.engine.orders import StepOrders, StepResult
 from pagedlab.errors import ConfigError, PagedLabError, ResultsError
 from pagedlab.executors.stub import StubExecutor
+from pagedlab.lab import page, plots
+from pagedlab.lab import saved as saved_module
 from pagedlab.lab.measures import MEMORY_KINDS
 
 SMALL = {"num_blocks": 96, "block_size": 16}
@@ -309,6 +311,65 @@ def test_comparison_shares_add_up_and_paging_wastes_least() -> None:
     assert comparison.plot().png().startswith(b"\x89PNG")
 
 
+def test_a_comparison_has_every_measure_and_goodput_if_asked() -> None:
+    base = pl.Config(
+        num_blocks=40, swap="host", preemption="swap", host_blocks=200, prefetch="queue-lookahead"
+    )
+    chat = pl.workloads.chat(seed=0, conversations=10, rate=4.0)
+    options: dict[str, Any] = {"how": "simulate", "model": "llama-3.1-8b"}
+    comparison = pl.compare(
+        {"host": base, "none": pl.Config(num_blocks=40)}, chat, slo={"ttft": 0.2, "tpot": 0.02}, **options
+    )
+    for row, run in zip(comparison.rows, comparison.runs.values()):
+        s = run.summary()
+        for time_of in ("queue_time", "ttft", "tpot", "itl", "latency"):
+            for mark in ("mean", "p50", "p90", "p95", "p99"):
+                assert row[f"{time_of}_{mark}"] == s[f"{time_of}_{mark}"] is not None
+        for name in ("bytes_to_host", "bytes_to_device", "bytes_copied", "prefetch_done", "prefetch_useful"):
+            assert row[name] == s[name]
+        met = run.goodput(ttft=0.2, tpot=0.02)
+        assert (row["goodput_per_s"], row["goodput_share"]) == (met.per_s, met.share)
+    assert comparison.rows[0]["bytes_to_host"] > 0
+    headings, (host, none) = comparison.table()
+    said = dict(zip(headings, zip(host, none)))
+    assert said["moved to host"] == (page.size(comparison.rows[0]["bytes_to_host"]), "0")
+    assert "goodput/s" in said
+    assert "goodput_per_s" not in pl.Comparison(comparison.runs).rows[0]
+
+
+def test_a_table_leaves_out_what_is_nothing_everywhere() -> None:
+    both = {"one": stub_run(), "two": stub_run(pl.Config(num_blocks=400))}
+    headings, rows = pl.Comparison(both).table()
+    assert both["one"].summary()["blocks_to_host"] == 0
+    assert not {"moved to host", "prefetched", "refused", "external"} & set(headings)
+    assert {"configuration", "requests", "tokens/s", "prefix hits", "TTFT p90"} <= set(headings)
+    assert all(len(row) == len(headings) for row in rows)
+    one = pl.Comparison({"a": stub_run(pl.Config(num_blocks=24)), **both}, slo={"ttft": 1e-9})
+    headings, rows = one.table()
+    assert "preemptions" in headings, "one of them has some"
+    assert rows[0][headings.index("in time")] == "0.0%", (
+        "goodput that was asked for is told, even if there is none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("slo", "said"),
+    [
+        ({"tftt": 1.0}, "did you mean 'ttft'"),
+        ({}, "goodput needs"),
+        ({"ttft": 0.0}, "above 0"),
+        ("ttft", "map"),
+    ],
+)
+def test_a_bad_service_level_is_refused_before_the_work(slo: Any, said: str) -> None:
+    class Untouched(StubExecutor):
+        def execute(self, orders: StepOrders) -> StepResult:
+            raise AssertionError("nothing was to be served")
+
+    with pytest.raises(ConfigError, match=said):
+        pl.compare({"a": pl.Config()}, [[1]], executor=Untouched(), slo=slo)
+
+
 def test_comparison_notices_other_words() -> None:
     one, other = stub_run(), stub_run(executor=StubExecutor(seed=1))
     assert not pl.Comparison({"one": one, "other": other}).same_output
@@ -416,6 +477,74 @@ def test_what_is_no_saved_run(tmp_path: Path) -> None:
 def test_tables_of_another_shape(saved: Path) -> None:
     pd.DataFrame({"step": [1, 2]}).to_parquet(saved / "memory.parquet")
     assert "column 'time' is missing" in bad(saved)
+
+
+def restated(folder: Path, **changes: Any) -> None:
+    """Change what a saved run says of itself."""
+    file = folder / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def aged(folder: Path, version: int) -> None:
+    """Make a saved run one that an older version wrote: without what came after its format."""
+    late = saved_module._later_than(version)
+    for table in set(late) - {"totals"}:
+        file = folder / f"{table}.parquet"
+        pd.read_parquet(file).drop(columns=list(late[table])).to_parquet(file)
+    stated = json.loads((folder / "run.json").read_text())
+    facts = stated["facts"]
+    for name in late["totals"]:
+        del facts["totals"][name]
+    facts["used"].pop("kv_bytes_per_block")
+    restated(folder, format=version, facts=facts)
+
+
+def test_a_run_of_an_older_format_lacks_only_what_it_never_knew(tmp_path: Path) -> None:
+    run = stub_run(pl.Config(swap="host", preemption="swap", host_blocks=64, num_blocks=24))
+    assert run.summary()["blocks_to_host"] > 0
+    run.save(tmp_path / "run")
+    aged(tmp_path / "run", 1)
+    old = pl.load_run(tmp_path / "run")
+    late = saved_module._later_than(1)
+    assert set(late["steps"]) == {"blocks_to_host", "blocks_to_device", "blocks_copied", "recomputed_tokens"}
+    for name in late["steps"]:
+        assert old.columns("steps")[name] == [None] * len(run.steps)
+    summary = run.summary() | dict.fromkeys(late["totals"])
+    assert old.summary() == summary
+    pd.testing.assert_frame_equal(old.steps[list(run.steps)].drop(columns=list(late["steps"])),
+                                  run.steps.drop(columns=list(late["steps"])))  # fmt: skip
+    for what in plots.FIGURES:
+        assert old.plot(what).png().startswith(b"\x89PNG")
+    assert "not recorded" in old.plot("moved").axes[0].texts[0].get_text()
+    frame = pl.Comparison({"old": old, "new": run}).to_frame()
+    assert frame.blocks_to_host["new"] > 0
+    assert pd.isna(frame.blocks_to_host["old"])
+    assert pl.Comparison({"old": old, "new": run})._repr_html_()
+    again = pl.load_run(old.save(tmp_path / "again"))
+    assert again.summary() == summary, "it can be saved again, and still does not know"
+
+
+def test_what_is_missing_from_a_run_of_this_format_is_an_error(saved: Path) -> None:
+    file = saved / "steps.parquet"
+    pd.read_parquet(file).drop(columns=["blocks_copied"]).to_parquet(file)
+    assert "column 'blocks_copied' is missing" in bad(saved)
+
+
+def test_a_total_that_is_missing_from_a_run_of_this_format_is_an_error(saved: Path) -> None:
+    facts = json.loads((saved / "run.json").read_text())["facts"]
+    del facts["totals"]["blocks_copied"]
+    restated(saved, facts=facts)
+    assert "'facts.totals.blocks_copied'" in bad(saved)
+
+
+def test_a_run_of_a_newer_format_is_refused_by_name(saved: Path) -> None:
+    restated(saved, format=saved_module.FORMAT + 1)
+    said = bad(saved)
+    assert f"format {saved_module.FORMAT + 1}" in said
+    assert "newer" in said
+    for version in (0, -1, True, None, "2", 1.0):
+        restated(saved, format=version)
+        assert f"reads formats 1 to {saved_module.FORMAT}" in bad(saved)
 
 
 def test_a_run_of_an_unknown_policy_can_be_read_but_not_repeated(saved: Path) -> None:

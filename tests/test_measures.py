@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter, deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +13,13 @@ import pytest
 
 import pagedlab as pl
 from pagedlab.engine.clock import to_seconds
+from pagedlab.engine.orders import DEVICE, HOST, Move
 from pagedlab.errors import ConfigError
 from pagedlab.executors.stub import StubExecutor
 from pagedlab.lab import measures, plots
 from pagedlab.lab.job import Job
 from pagedlab.lab.measures import MEMORY_KINDS
-from pagedlab.lab.results import Run
+from pagedlab.lab.results import COLUMNS, Run
 
 QUANTILES = (50, 90, 95, 99)
 
@@ -81,6 +83,13 @@ def test_inter_token_times_are_those_of_the_sequences(scheduler: str, samples: i
     if num_blocks == 28:
         assert run.summary()["preemptions"] > 0
         assert len(run.columns("spans")["seq"]) > len(run.requests)
+    for (_, row), seq in zip(
+        run.requests.iterrows(), [s for g in job.engine.groups.values() for s in g.sequences], strict=True
+    ):
+        times = seq.token_times
+        assert row.request_id == seq.request_id
+        assert row.ttft == to_seconds(times[0] - seq.group.arrival)
+        assert row.tpot == to_seconds(times[-1] - times[0]) / (len(times) - 1)
     gaps = gaps_of(job)
     values, counts = measures.inter_token(run._columns)
     assert counts.sum() == len(gaps)
@@ -148,6 +157,9 @@ def big_tables(num_steps: int, num_requests: int) -> tuple[dict[str, Any], dict[
         "running": rng.integers(1, 200, num_steps).tolist(),
         "waiting": rng.integers(0, 200, num_steps).tolist(),
         "preemptions": np.cumsum(rng.random(num_steps) < 0.01).tolist(),
+        "recomputed_tokens": np.cumsum(rng.integers(0, 50, num_steps)),
+        "prefill_tokens": rng.integers(0, 8192, num_steps),
+        **{f"blocks_{link}": rng.integers(0, 9, num_steps) for link in measures.LINKS},
     }
     names = [f"request-{i}" for i in range(num_requests)]
     columns = {
@@ -160,6 +172,10 @@ def big_tables(num_steps: int, num_requests: int) -> tuple[dict[str, Any], dict[
             "samples": [1] * num_requests,
             "output_tokens": [output] * num_requests,
             "finish_reason": ["length"] * num_requests,
+            "sample": [0] * num_requests,
+            "arrival": times,
+            "prompt_tokens": [900] * num_requests,
+            "hit_tokens": rng.integers(0, 900, num_requests).tolist(),
             **dict.fromkeys(("queue_time", "ttft", "tpot", "latency"), times),
         },
         "spans": {
@@ -170,6 +186,7 @@ def big_tables(num_steps: int, num_requests: int) -> tuple[dict[str, Any], dict[
     }
     totals = dict.fromkeys(("hit_tokens", "recomputed_tokens", "preemptions", "swapped_out"), 0)
     totals |= {f"prefetch_{fate}": 0 for fate in ("done", "useful", "useless", "refused")}
+    totals |= {f"blocks_{link}": 7 for link in measures.LINKS}
     totals["prompt_tokens"] = 1
     return columns, {"totals": totals, "used": dict.fromkeys(("kernel", "layout", "dtype"))}
 
@@ -183,13 +200,130 @@ def test_a_large_run_is_summed_up_and_drawn_quickly() -> None:
     assert took < 1.0, f"{took:.2f} s"
     assert summary["output_tokens"] == 3_960_000
     assert 0.01 < summary["itl_p50"] < summary["itl_p99"] < 0.1
-    run: Any = SimpleNamespace(columns=columns.__getitem__, facts={})
-    for kind in ("memory", "batch"):
+    run: Any = SimpleNamespace(arrays=columns.__getitem__, facts=facts, summary=lambda: summary)
+    for kind in plots.FIGURES:
         began = time.process_time()
         picture = plots.of_run(run, kind).png()
         took = time.process_time() - began
         assert took < 3.0, f"{kind}: {took:.2f} s"
         assert picture.startswith(b"\x89PNG")
+        drawn = [line for ax in plots.of_run(run, kind).axes for line in ax.lines]
+        assert max((len(line.get_xdata()) for line in drawn), default=0) < 2000, (
+            "too many points to tell apart"
+        )
+
+
+# ---- what was moved ------------------------------------------------------------------------------------------------
+
+
+class Noting(StubExecutor):
+    """Notes which way every block went."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways: Counter[tuple[int, int]] = Counter()
+
+    def move(self, moves: deque[Move]) -> None:
+        self.ways.update((m.src_tier, m.dst_tier) for m in moves)
+        super().move(moves)
+
+
+def with_host_tier(**sizes: int) -> pl.Config:
+    """Little memory, and every reason to move blocks: saved, swapped, prefetched, copied on write."""
+    sizes = {"num_blocks": 40, "host_blocks": 200, "max_num_seqs": 12, **sizes}
+    return pl.Config(lookup="radix", swap="host", preemption="swap", prefetch="queue-lookahead", **sizes)
+
+
+CHAT = pl.workloads.chat(seed=0, conversations=10, rate=4.0)
+
+
+def test_blocks_moved_are_those_that_the_executor_moved() -> None:
+    executor = Noting()
+    run = pl.run(with_host_tier(), CHAT, executor=executor, clock="step", n=2)
+    s = run.summary()
+    ways = {"to_host": (DEVICE, HOST), "to_device": (HOST, DEVICE), "copied": (DEVICE, DEVICE)}
+    assert set(executor.ways) == set(ways.values()), "all three happen"
+    for link, way in ways.items():
+        assert s[f"blocks_{link}"] == executor.ways[way]
+        assert run.steps[f"blocks_{link}"].sum() == executor.ways[way]
+        assert s[f"bytes_{link}"] is None, "a stub's blocks weigh nothing that is known"
+    assert (run.steps.moves == sum(run.steps[f"blocks_{link}"] for link in ways)).all()
+    assert run.steps.recomputed_tokens.iloc[-1] == s["recomputed_tokens"]
+
+
+def test_a_simulation_moves_what_the_run_moved_and_weighs_it_as_its_own_model() -> None:
+    real = pl.run(with_host_tier(), CHAT, executor=StubExecutor(), clock="step", n=2)
+    s = real.summary()
+    for skip_ahead in (True, False):
+        sim = pl.simulate(
+            with_host_tier(),
+            CHAT,
+            model="llama-3.1-8b",
+            outputs=real,
+            clock="step",
+            skip_ahead=skip_ahead,
+            n=2,
+        )
+        said = sim.summary()
+        assert {k: said[k] for k in said if k.startswith("blocks_")} == {
+            k: s[k] for k in s if k.startswith("blocks_")
+        }
+        block = 16 * 32 * 2 * 8 * 128 * 2
+        assert said["bytes_to_host"] == s["blocks_to_host"] * block > 0
+        assert said["bytes_copied"] == s["blocks_copied"] * block > 0
+        for link in measures.LINKS:
+            assert sim.columns("steps")[f"blocks_{link}"] == real.columns("steps")[f"blocks_{link}"]
+
+
+def test_bytes_of_a_real_model_are_those_of_its_tensors() -> None:
+    config = with_host_tier(num_blocks=24, max_model_len=320)
+    run = pl.run(config, pl.workloads.chat(seed=0, conversations=5, max_tokens=8), arrivals="now")
+    s, used = run.summary(), run.facts["used"]
+    assert used["kv_bytes_per_block"] == used["kv_bytes_per_token"] * 16
+    assert s["blocks_to_host"] > 0
+    assert s["blocks_to_device"] > 0
+    for link in measures.LINKS:
+        assert s[f"bytes_{link}"] == s[f"blocks_{link}"] * used["kv_bytes_per_block"]
+    assert "to the host" in run._repr_html_()
+
+
+def test_bytes_are_unknown_without_a_weight() -> None:
+    assert measures.moved_bytes(3, {"used": {"kv_bytes_per_block": None}}) is None
+    assert measures.moved_bytes(3, {"used": {}}) is None
+    assert measures.moved_bytes(None, {"used": {"kv_bytes_per_block": 64}}) is None
+    assert measures.moved_bytes(3, {"used": {"kv_bytes_per_block": 64}}) == 192
+
+
+# ---- over time -----------------------------------------------------------------------------------------------------
+
+
+def test_output_tokens_by_step_add_up(tight: Run) -> None:
+    made = measures.tokens_per_step({t: tight.arrays(t) for t in ("steps", "spans")})
+    assert len(made) == len(tight.steps)
+    assert made.sum() == tight.summary()["output_tokens"]
+    assert (made <= tight.steps.running).all()
+    assert (made >= tight.steps.decode_tokens).all()
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_hit_ratio_over_time_ends_at_the_run_s(samples: int) -> None:
+    run = simulated(n=samples)
+    at, ratio = measures.hit_ratios({"requests": run.arrays("requests")})
+    assert len(at) == len(set(run.requests.request_id))
+    assert (np.diff(at) >= 0).all()
+    assert ratio[-1] == pytest.approx(run.summary()["hit_ratio"])
+    assert ratio[0] == 0
+
+
+def test_an_array_and_a_list_of_every_column(tight: Run) -> None:
+    for table in ("steps", "memory", "spans"):
+        arrays, lists = tight.arrays(table), tight.columns(table)
+        assert list(arrays) == list(lists) == list(COLUMNS[table])
+        for name, column in arrays.items():
+            assert isinstance(column, np.ndarray)
+            assert isinstance(lists[name], list)
+            assert type(lists[name][0]) in (int, float)
+            assert column.tolist() == lists[name]
 
 
 # ---- goodput -------------------------------------------------------------------------------------------------------
@@ -262,6 +396,69 @@ def test_the_rate_is_that_of_the_arrivals(tight: Run) -> None:
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", plots.FIGURES)
+def test_every_figure_of_a_run(what: str) -> None:
+    run = pl.simulate(with_host_tier(), CHAT, model="llama-3.1-8b", events=False)
+    figure = run.plot(what)
+    assert figure.png().startswith(b"\x89PNG")
+    for ax in figure.axes:
+        assert ax.get_title()
+        assert ax.get_xlabel()
+        assert ax.get_ylabel()
+        assert any(len(line.get_xdata()) > 1 for line in ax.lines) or what in ("memory", "overview")
+
+
+def test_what_figures_say(tight: Run) -> None:
+    s = tight.summary()
+    (ax,) = tight.plot("ttft").axes
+    marks = [line for line in ax.lines if line.get_marker() != "None"]
+    assert [line.get_ydata()[0] for line in marks] == list(QUANTILES)
+    assert [line.get_xdata()[0] for line in marks] == [s[f"ttft_p{q}"] for q in QUANTILES]
+    output, _ = tight.plot("throughput").axes
+    (mean,) = (line for line in output.lines if line.get_linestyle() == "--")
+    assert mean.get_ydata()[0] == pytest.approx(s["tokens_per_s"])
+    hits, recomputed = tight.plot("hits").axes
+    assert hits.lines[0].get_ydata()[-1] == pytest.approx(100 * s["hit_ratio"])
+    assert recomputed.lines[0].get_ydata()[-1] == s["recomputed_tokens"] > 0
+    (ax,) = tight.plot("preemptions").axes
+    assert ax.lines[0].get_ydata()[-1] == s["preemptions"] > 0
+
+
+def test_the_figure_of_moves_is_in_bytes_where_they_are_known() -> None:
+    run = pl.simulate(with_host_tier(), CHAT, model="llama-3.1-8b", events=False)
+    so_far, _ = run.plot("moved").axes
+    assert so_far.get_ylabel() == "MB"
+    ends = {line.get_label(): line.get_ydata()[-1] for line in so_far.lines}
+    assert ends["device to host"] == pytest.approx(run.summary()["bytes_to_host"] / 1e6)
+    stub = pl.run(with_host_tier(), CHAT, executor=StubExecutor(), clock="step")
+    so_far, _ = stub.plot("moved").axes
+    assert so_far.get_ylabel() == "blocks"
+    assert so_far.lines[0].get_ydata()[-1] == stub.summary()["blocks_to_host"]
+
+
+def test_nothing_is_done_while_nobody_is_there() -> None:
+    requests = [pl.Request(request_id=str(t), prompt=[1, 2, t + 3], arrival=float(t)) for t in (0, 100)]
+    run = pl.simulate(pl.Config(), requests, model="llama-3.1-8b", max_tokens=64)
+    output, _ = run.plot("throughput").axes
+    at, rate = (np.asarray(each) for each in output.lines[0].get_data())
+    assert at[-1] > 100
+    assert (rate[(at > 2) & (at < 98)] == 0).all()
+    assert (rate[:-1] * np.diff(at)).sum() == pytest.approx(128)
+
+
+@pytest.mark.parametrize("what", plots.FIGURES)
+def test_figures_of_nothing(what: str) -> None:
+    run = pl.run(pl.Config(), [], executor=StubExecutor())
+    assert run.plot(what).png().startswith(b"\x89PNG")
+
+
+def test_an_unknown_figure_is_told_all_that_there_are(tight: Run) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tight.plot("ttfd")
+    assert "did you mean 'ttft'" in str(caught.value)
+    assert all(name in str(caught.value) for name in plots.FIGURES)
 
 
 def test_the_goodput_figure() -> None:

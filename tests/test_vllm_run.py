@@ -6,13 +6,23 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from pagedlab import cli
 from pagedlab.costs import Calibrated
 from pagedlab.costs.vllm_log import VllmRun
 from pagedlab.errors import ConfigError, WorkloadError
-from pagedlab.lab.vllm_run import MOVED_SIGMA, Reproduction, Simulator, calibrate, reproduce, requests_of
+from pagedlab.lab.vllm_run import (
+    MOVED_FIT_ON,
+    Reproduction,
+    Simulator,
+    calibrate,
+    reproduce,
+    requests_of,
+)
 from pagedlab.workloads import load
 
 DATA = Path(os.environ.get("PAGEDLAB_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -57,9 +67,39 @@ def test_the_same_coefficients_move_to_another_model_on_two_cards(llama: Reprodu
         from_hardware="rtx-pro-6000",
         to_tp=2,
     )
-    assert max(means(reproduce(folder, workload, prior=moved, fit_on=0).error)) < 0.10
-    after = reproduce(folder, workload, prior=moved, fit_on=20, sigma=MOVED_SIGMA)
+    before = reproduce(folder, workload, source=llama, fit_on=0)
+    assert before.fit.cost == moved
+    assert max(means(before.error)) < 0.10
+    after = reproduce(folder, workload, source=llama)
+    assert after.fitted_on == MOVED_FIT_ON == 20
     assert max(means(after.error)) < 0.02
+    assert after.fit.prior == moved
+    with pytest.raises(ConfigError, match="exclude each other"):
+        reproduce(folder, workload, source=llama, prior=moved)
+
+
+def test_the_command_moves_a_fit(llama: Reproduction, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, workload = map(str, paths(QWEN))
+    source = list(map(str, paths(LLAMA)))
+
+    def fitted_once(run: str, given: str, **options: Any) -> Reproduction:
+        return llama if [run, given] == source else reproduce(run, given, **options)
+
+    monkeypatch.setattr("pagedlab.lab.vllm_run.reproduce", fitted_once)
+    command = ["reproduce", "vllm-run", folder, "--workload", workload, "--from", source[0]]
+    result = CliRunner().invoke(cli.app, [*command, "--from-workload", source[1], "--fit-on", "0", "--json"])
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["results"]["fitted_on"] == 0
+    assert said["results"]["from"]["cost"] == llama.fit.cost.get_params()
+    assert said["results"]["cost"] != said["results"]["from"]["cost"]
+    assert max(means(said["error"])) < 0.10
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 2
+    assert (
+        result.stderr
+        == "pagedlab: --from and --from-workload belong together: another run, and its requests\n"
+    )
 
 
 def test_qwen_on_two_cards() -> None:

@@ -58,8 +58,8 @@ def timed(workload: Workload, block_size: int, mode: str) -> tuple[float, Run]:
     run = simulate(
         config, workload, model=MODEL, hardware=HARDWARE, num_blocks="fit", progress=False, **MODES[mode]
     )
-    run.columns("requests")
-    run.columns("steps")
+    run.arrays("requests")
+    run.arrays("steps")
     seconds = time.process_time() - start
     gc.unfreeze()
     return seconds, run
@@ -74,7 +74,7 @@ def trace_rows(block_size: int, modes: tuple[str, ...], repeats: int) -> list[di
         for mode in modes:
             took, run = timed(workload, block_size, mode)
             seconds[mode].append(took)
-            steps[mode] = len(run.columns("steps")["step"])
+            steps[mode] = len(run.arrays("steps")["step"])
     return [
         {
             "workload": workload.name,
@@ -105,7 +105,7 @@ def growth_rows(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
                 "mode": "leap",
                 "cpu_seconds": round(took, 2),
                 "requests_per_s": round(n / took),
-                "steps": len(run.columns("steps")["step"]),
+                "steps": len(run.arrays("steps")["step"]),
                 "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             }
         )

@@ -6,8 +6,7 @@ Memory is averaged over time: each step counts as long as it took. Nothing here 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import compress
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,13 +15,18 @@ from numpy.typing import ArrayLike, NDArray
 from pagedlab.errors import ConfigError
 
 Array = NDArray[np.float64]
-Columns = dict[str, list[Any]]
+Columns = dict[str, Any]
+"""A table: each column a list, or a numpy array [num_rows] if it holds nothing but numbers."""
+LINKS = ("to_host", "to_device", "copied")
+"""Ways that blocks are moved: device to host, host to device, and copied inside the device, on write."""
 
 MEMORY_KINDS = ("stored", "reserved", "internal", "external", "cached", "free")
 """Where a token slot can be; together they are the pool."""
 _QUANTILES = (50, 90, 95, 99)
-_SPREAD = ("queue_time", "ttft", "tpot", "latency")
-_DONE = ("stop", "length")
+TIMES = ("queue_time", "ttft", "tpot", "latency", "itl")
+"""What a person waits for: see `summarise`."""
+DONE = ("stop", "length")
+"""How sequences end that finished: with their last token."""
 
 
 def summarise(columns: dict[str, Columns], facts: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +39,9 @@ def summarise(columns: dict[str, Columns], facts: dict[str, Any]) -> dict[str, A
     stall shows in its percentiles, where a sequence's ``tpot`` averages over it. ``hit_ratio`` is the share of
     prompt tokens found in the cache at first admission. ``waste`` is the share of the memory held by running
     sequences that stores nothing: (reserved + internal + external) / (stored + reserved + internal + external).
-    ``mean_batch_size`` is in sequences.
+    ``mean_batch_size`` is in sequences. ``blocks_to_host``, ``blocks_to_device`` and ``blocks_copied`` are the blocks
+    that were moved from the device to the host, back, and inside the device (copy-on-write); ``bytes_to_host`` ... are
+    the same in bytes, None where a block's weight is not known.
     """
     requests, steps, totals = columns["requests"], columns["steps"], facts["totals"]
     reasons = requests["finish_reason"]
@@ -44,7 +50,7 @@ def summarise(columns: dict[str, Columns], facts: dict[str, Any]) -> dict[str, A
     summary: dict[str, Any] = {
         "requests": len(set(requests["request_id"])),
         "sequences": len(reasons),
-        "finished": sum(r in _DONE for r in reasons),
+        "finished": sum(r in DONE for r in reasons),
         "refused": sum(r == "refused" for r in reasons),
         "failed": sum(r == "error" for r in reasons),
         "cancelled": sum(r == "cancelled" for r in reasons),
@@ -55,10 +61,8 @@ def summarise(columns: dict[str, Columns], facts: dict[str, Any]) -> dict[str, A
         "output_tokens": output,
         "tokens_per_s": output / duration if duration > 0 else None,
     }
-    finished = [r in _DONE for r in reasons]
-    for name in _SPREAD:
-        summary.update(_spread(name, _known(requests[name], finished)))
-    summary.update(_spread("itl", *inter_token(columns)))
+    for name in TIMES:
+        summary.update(_spread(name, *times(columns, name)))
     shares = memory_shares(columns)
     summary |= {
         "hit_ratio": totals["hit_tokens"] / totals["prompt_tokens"] if totals["prompt_tokens"] else None,
@@ -66,6 +70,8 @@ def summarise(columns: dict[str, Columns], facts: dict[str, Any]) -> dict[str, A
         "preemptions": totals["preemptions"],
         "recomputed_tokens": totals["recomputed_tokens"],
         "swapped_out": totals["swapped_out"],
+        **{f"blocks_{link}": totals[f"blocks_{link}"] for link in LINKS},
+        **{f"bytes_{link}": moved_bytes(totals[f"blocks_{link}"], facts) for link in LINKS},
         "prefetch_done": totals["prefetch_done"],
         "prefetch_useful": totals["prefetch_useful"],
         "prefetch_useless": totals["prefetch_useless"],
@@ -79,12 +85,24 @@ def summarise(columns: dict[str, Columns], facts: dict[str, Any]) -> dict[str, A
     return summary
 
 
+def moved_bytes(blocks: Any, facts: dict[str, Any]) -> Any:
+    """Return what ``blocks`` (a number or an array of them) weigh; None if that, or what a block weighs, is unknown."""
+    weight = facts["used"].get("kv_bytes_per_block")
+    return None if blocks is None or not weight else blocks * weight
+
+
 def _duration(steps: Columns) -> float:
-    return steps["start"][-1] + steps["duration"][-1] - steps["start"][0] if steps["start"] else 0.0
+    start, duration = steps["start"], steps["duration"]
+    return float(start[-1] + duration[-1] - start[0]) if len(start) else 0.0
 
 
-def _known(values: list[float | None], wanted: list[bool]) -> Array:
-    return np.array([v for v in compress(values, wanted) if v is not None], dtype=float)
+def times(columns: dict[str, Columns], name: str) -> tuple[Array, NDArray[np.int64] | None]:
+    """Return one of `TIMES` in seconds, of sequences that finished, and how often each occurred (None: once)."""
+    if name == "itl":
+        return inter_token(columns)
+    requests = columns["requests"]
+    known = (t for t, r in zip(requests[name], requests["finish_reason"]) if t is not None and r in DONE)
+    return np.fromiter(known, dtype=float), None
 
 
 def _spread(name: str, values: Array, counts: NDArray[np.int64] | None = None) -> dict[str, float | None]:
@@ -113,14 +131,14 @@ def inter_token(columns: dict[str, Columns]) -> tuple[Array, NDArray[np.int64]]:
     and the same for all whom that step served: so there is one entry a step, however many tokens it made.
     """
     steps, spans, requests = columns["steps"], columns["spans"], columns["requests"]
-    done = {s for s, r in zip(requests["seq"], requests["finish_reason"]) if r in _DONE}
-    kept = np.fromiter((s in done for s in spans["seq"]), bool, len(spans["seq"]))
+    done = {s for s, r in zip(requests["seq"], requests["finish_reason"]) if r in DONE}
+    kept = np.isin(spans["seq"], list(done))
     if not kept.any():
         return np.empty(0), np.empty(0, dtype=np.int64)
-    end = np.array(steps["start"]) + np.array(steps["duration"])
-    seq = np.array(spans["seq"])[kept]
-    first = np.searchsorted(steps["step"], np.array(spans["first_step"])[kept])
-    last = first + np.array(spans["steps"])[kept] - 1
+    end = np.asarray(steps["start"]) + np.asarray(steps["duration"])
+    seq = np.asarray(spans["seq"])[kept]
+    first = np.searchsorted(steps["step"], np.asarray(spans["first_step"])[kept])
+    last = first + np.asarray(spans["steps"])[kept] - 1
     # A sequence counts at every step of a run but the first: one more from there on, one less after the last.
     change = np.zeros(len(end) + 1, dtype=np.int64)
     np.add.at(change, first + 1, 1)
@@ -130,6 +148,28 @@ def inter_token(columns: dict[str, Columns]) -> tuple[Array, NDArray[np.int64]]:
     pause = np.flatnonzero(seq[1:] == seq[:-1])
     gaps = np.concatenate([np.diff(end)[served > 0], end[first[pause + 1]] - end[last[pause]]])
     return gaps, np.concatenate([served[served > 0], np.ones(len(pause), dtype=np.int64)])
+
+
+def tokens_per_step(columns: dict[str, Columns]) -> NDArray[np.int64]:
+    """Return the output tokens of each step [num_steps], those of sequences that never finished included."""
+    steps, spans = np.asarray(columns["steps"]["step"]), columns["spans"]
+    change = np.zeros(len(steps) + 1, dtype=np.int64)
+    if len(spans["seq"]):
+        first = np.searchsorted(steps, spans["first_step"])
+        np.add.at(change, first, 1)
+        np.add.at(change, first + np.asarray(spans["steps"]), -1)
+    made: NDArray[np.int64] = np.cumsum(change)[:-1]
+    return made
+
+
+def hit_ratios(columns: dict[str, Columns]) -> tuple[Array, Array]:
+    """Return when requests were admitted first, in seconds, and the prefix-hit ratio of all up to each of them."""
+    requests = columns["requests"]
+    names = ("arrival", "queue_time", "hit_tokens", "prompt_tokens", "sample")
+    # Parallel samples share the prompt that the first of them was admitted with.
+    rows = [(a + q, h, p) for a, q, h, p, s in zip(*(requests[n] for n in names)) if q is not None and not s]
+    at, hit, prompt = np.array(sorted(rows, key=itemgetter(0)), dtype=float).reshape(-1, 3).T
+    return at, np.cumsum(hit) / np.maximum(np.cumsum(prompt), 1)
 
 
 class Goodput(NamedTuple):
@@ -158,7 +198,7 @@ def goodput(columns: dict[str, Columns], *, ttft: float | None = None, tpot: flo
     measured = zip(*(requests[name] for name in bounds))
     rows = zip(requests["request_id"], requests["finish_reason"], measured)
     for name, reason, times in rows:
-        if reason in _DONE:
+        if reason in DONE:
             finished[name] += 1
             met[name] += all(t is None or t <= most for t, most in zip(times, bounds.values()))
     ended = sum(finished[name] == n for name, n in wanted.items())
@@ -195,13 +235,14 @@ def weighted(values: ArrayLike, weights: ArrayLike) -> float | None:
     return float(np.average(v, weights=w if w.sum() > 0 else None))
 
 
-def while_waiting(columns: dict[str, Columns]) -> list[int]:
+def while_waiting(columns: dict[str, Columns]) -> NDArray[np.int64]:
     """Return the steps during which requests waited, or all if none ever did: when memory was what was short."""
-    waiting = columns["steps"]["waiting"]
-    return [i for i, n in enumerate(waiting) if n] or list(range(len(waiting)))
+    waiting = np.asarray(columns["steps"]["waiting"])
+    rows: NDArray[np.int64] = np.flatnonzero(waiting)
+    return rows if len(rows) else np.arange(len(waiting))
 
 
-def memory_shares(columns: dict[str, Columns], rows: Sequence[int] | None = None) -> dict[str, float | None]:
+def memory_shares(columns: dict[str, Columns], rows: ArrayLike | None = None) -> dict[str, float | None]:
     """Return the share of the pool of each kind, averaged over time; over the steps ``rows`` only, if given."""
     memory, durations = columns["memory"], np.asarray(columns["steps"]["duration"], dtype=float)
     at = slice(None) if rows is None else np.asarray(rows, dtype=int)
@@ -209,14 +250,14 @@ def memory_shares(columns: dict[str, Columns], rows: Sequence[int] | None = None
     return {kind: weighted(np.asarray(memory[f"{kind}_share"], dtype=float)[at], w) for kind in MEMORY_KINDS}
 
 
-def waste(columns: dict[str, Columns], rows: Sequence[int] | None = None) -> float | None:
+def waste(columns: dict[str, Columns], rows: ArrayLike | None = None) -> float | None:
     """Return the share of the memory held by running sequences that stores no token, averaged over time."""
     shares = memory_shares(columns, rows)
     held = [shares[k] or 0.0 for k in ("stored", "reserved", "internal", "external")]
     return 1 - held[0] / sum(held) if sum(held) > 0 else None
 
 
-def half_block_bound(columns: dict[str, Columns], block_size: int, rows: Sequence[int]) -> float | None:
+def half_block_bound(columns: dict[str, Columns], block_size: int, rows: ArrayLike) -> float | None:
     """Return PagedAttention's expected waste as a share of the memory held: (block_size - 1) / 2 tokens a sequence.
 
     A sequence's last block is, at any time, filled to a length that is uniform over 1 .. block_size (Kwon et al.,

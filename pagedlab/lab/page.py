@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 _CELL = "text-align:left;padding:2px 10px"
+_SIZES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
 def table(
@@ -44,7 +45,25 @@ def seconds(value: float | None) -> str:
     """Return a time with a unit that suits it."""
     if value is None:
         return "–"
+    if value >= 1000:
+        return f"{value:,.0f} s"
     return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def size(num_bytes: int | None) -> str:
+    """Return bytes with a unit that suits them, in steps of a thousand."""
+    if num_bytes is None:
+        return "–"
+    for unit, scale in _SIZES:
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.3g} {unit}"
+    return f"{num_bytes} bytes" if num_bytes else "0"
+
+
+def moved(s: dict[str, Any], link: str) -> str:
+    """Return what a summary (or a row of a comparison) says of a link: bytes, or blocks if their weight is unknown."""
+    blocks, weight = s[f"blocks_{link}"], s[f"bytes_{link}"]
+    return size(weight) if weight is not None or blocks is None else f"{blocks:,} blocks"
 
 
 def shorten(text: str, limit: int = 160, *, end: bool = False) -> str:
@@ -77,6 +96,11 @@ def summary_rows(s: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("mean batch size", number(s["mean_batch_size"])),
     ]
+    if any(s[f"blocks_{link}"] for link in ("to_host", "to_device", "copied")):
+        to_host, to_device, copied = (moved(s, link) for link in ("to_host", "to_device", "copied"))
+        rows.append(("moved", f"{to_host} to the host, {to_device} to the device, {copied} copied on write"))
+    if s["prefetch_done"]:
+        rows.append(("prefetched", f"{s['prefetch_done']} blocks, {s['prefetch_useful']} of them useful"))
     if s["kernel"]:
         rows.append(("kernel, layout", f"{s['kernel']}, {s['layout']}"))
     return rows

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pagedlab.config import Config
 from pagedlab.engine.clock import StepClock, VirtualClock, to_seconds
@@ -16,7 +19,7 @@ from pagedlab.errors import ResultsError
 from pagedlab.events import Event
 from pagedlab.lab import page
 from pagedlab.lab.environment import environment
-from pagedlab.lab.measures import MEMORY_KINDS, Columns, Goodput, goodput, summarise
+from pagedlab.lab.measures import DONE, LINKS, MEMORY_KINDS, Columns, Goodput, goodput, summarise
 from pagedlab.lab.steps import tables
 from pagedlab.lab.vocabulary import vocab_size
 
@@ -57,7 +60,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "prefill_tokens",
         "decode_tokens",
         "moves",
+        *(f"blocks_{link}" for link in LINKS),
         "preemptions",
+        "recomputed_tokens",
         "context_tokens",
         "prefill_pairs",
     ),
@@ -114,6 +119,7 @@ class Run:
                 "recomputed_tokens": engine.totals.recomputed_tokens,
                 "preemptions": engine.totals.preemptions,
                 "swapped_out": engine.totals.swapped_out,
+                **{f"blocks_{link}": n for link, n in engine.totals.moved._asdict().items()},
                 **{f"prefetch_{fate}": n for fate, n in engine.totals.prefetch.items()},
             },
             "used": _used(executor),
@@ -155,7 +161,11 @@ class Run:
 
     @cached_property
     def steps(self) -> pd.DataFrame:
-        """One row per step: start and duration (s), running and waiting sequences, tokens, moves, preemptions."""
+        """One row per step: start and duration (s), running and waiting sequences, tokens, and blocks moved.
+
+        ``moves`` is the sum of ``blocks_to_host``, ``blocks_to_device`` and ``blocks_copied`` (inside the device);
+        ``preemptions`` and ``recomputed_tokens`` count from the beginning of the run.
+        """
         return self._frame("steps")
 
     @cached_property
@@ -168,8 +178,16 @@ class Run:
         """One row per step: where the pool's token slots were, in tokens and as shares of the pool."""
         return self._frame("memory")
 
-    def columns(self, table: str) -> Columns:
+    def columns(self, table: str) -> dict[str, list[Any]]:
         """Return a table as one list a column, without pandas."""
+        arrays = self.arrays(table)
+        return {n: c.tolist() if isinstance(c, np.ndarray) else c for n, c in arrays.items()}
+
+    def arrays(self, table: str) -> Columns:
+        """Return a table as it is kept, to be read only: numpy arrays [num_rows] for numbers, lists for all else.
+
+        ``steps``, ``memory`` and ``spans`` are arrays throughout, unless a saved run knows nothing of a column.
+        """
         if table not in COLUMNS:
             raise ResultsError(f"a run has no table {table!r}; it has: {', '.join(COLUMNS)}")
         return self._columns[table]
@@ -221,7 +239,13 @@ class Run:
     # ---- shown and kept ----------------------------------------------------------------------------------------
 
     def plot(self, what: str = "overview") -> Figure:
-        """Return a figure: ``"overview"``, ``"memory"``, ``"batch"`` or ``"latency"``."""
+        """Return a figure.
+
+        Over time: ``"memory"`` by kind, ``"batch"`` (running and waiting), ``"throughput"``, ``"hits"`` (prefix-hit
+        ratio and recomputed tokens), ``"preemptions"``, ``"moved"`` (bytes over each link). Distributions:
+        ``"latency"`` has all of them; ``"queue_time"``, ``"ttft"``, ``"tpot"``, ``"itl"``, ``"e2e_latency"`` are one
+        each, with percentiles. ``"overview"`` is memory, batch and latency. `ConfigError` names these for any other.
+        """
         from pagedlab.lab import plots
 
         return plots.of_run(self, what)
@@ -263,12 +287,13 @@ class Run:
 
 
 def _used(executor: Any) -> dict[str, Any]:
-    """Which kernel, layout and dtype did the work: ``kernel="auto"`` has become one by now."""
+    """Which kernel, layout and dtype did the work: ``kernel="auto"`` has become one by now. And what a block weighs."""
     used: dict[str, Any] = {
         "executor": type(executor).__name__,
         "kernel": None,
         "layout": None,
         "dtype": None,
+        "kv_bytes_per_block": getattr(executor, "kv_bytes_per_block", 0) or None,
     }
     for slot in ("kernel", "layout"):
         policy = getattr(executor, slot, None)
@@ -296,28 +321,26 @@ class _Tables(dict[str, Columns]):
     def __missing__(self, table: str) -> Columns:
         engine, executor = self._engine, self._executor
         if table == "requests":
-            self[table] = _transpose(COLUMNS[table], (_request_row(g, s) for g, s in self._sequences))
+            self[table] = _request_columns(self._sequences)
         elif table == "outputs":
-            said = (
-                {
-                    "request_id": s.request_id,
-                    "sample": s.sample_index,
-                    "prompt": g.request.text,
-                    "text": executor.detokenize(s.output) if s.text is None else s.text,
-                    "tokens": list(s.output),
-                }
-                for g, s in self._sequences
-            )
-            self[table] = _transpose(COLUMNS[table], said)
+            each = self._sequences
+            self[table] = {
+                "request_id": [s.request_id for _, s in each],
+                "sample": [s.sample_index for _, s in each],
+                "prompt": [g.request.text for g, _ in each],
+                "text": [executor.detokenize(s.output) if s.text is None else s.text for _, s in each],
+                "tokens": [list(s.output) for _, s in each],
+            }
         elif table == "spans":
-            self[table] = _transpose(
-                COLUMNS[table],
-                (
-                    {"seq": s.seq_id, "first_step": first, "steps": count}
-                    for _, s in self._sequences
-                    for first, count in s.spans
-                ),
-            )
+            spans = [s.spans for _, s in self._sequences]
+            seqs = np.array([s.seq_id for _, s in self._sequences], dtype=np.int64)
+            both = chain.from_iterable(chain.from_iterable(spans))
+            first, steps = np.ascontiguousarray(np.fromiter(both, dtype=np.int64).reshape(-1, 2).T)
+            self[table] = {
+                "seq": seqs.repeat([len(each) for each in spans]),
+                "first_step": first,
+                "steps": steps,
+            }
         elif table == "events":
             events = engine.events.columns()
             events["time"] = [to_seconds(t) for t in events["time"]]
@@ -334,37 +357,40 @@ def _columns(engine: Engine, executor: Any, *, ended: bool) -> dict[str, Columns
     return built if ended else {table: built[table] for table in COLUMNS}
 
 
-def _request_row(group: Group, seq: EngineSequence) -> dict[str, Any]:
-    def since(start: int | None, end: int | None) -> float | None:
-        return None if start is None or end is None else to_seconds(end - start)
-
-    n = seq.num_output
-    refused = seq.finish_reason == "refused"
+def _request_columns(sequences: list[tuple[Group, EngineSequence]]) -> Columns:
+    groups, seqs = [g for g, _ in sequences], [s for _, s in sequences]
+    arrived, first = [g.arrival for g in groups], [s.first_token_at for s in seqs]
+    num_output = [s.num_output for s in seqs]
+    last = [
+        None if n < 2 else s.finished_at if s.finish_reason in DONE else s.last_token_at
+        for s, n in zip(seqs, num_output)
+    ]
+    ended = [None if s.finish_reason == "refused" else s.finished_at for s in seqs]
     return {
-        "request_id": seq.request_id,
-        "seq": seq.seq_id,
-        "sample": seq.sample_index,
-        "samples": group.request.sampling.n,
-        "session": seq.session,
-        "priority": seq.priority,
-        "arrival": to_seconds(group.arrival),
-        "queue_time": since(group.arrival, seq.admitted_at),
-        "ttft": since(group.arrival, seq.first_token_at),
-        "tpot": None if n < 2 else since(seq.first_token_at, seq.last_token_at) / (n - 1),  # type: ignore[operator]
-        "latency": None if refused else since(group.arrival, seq.finished_at),
-        "prompt_tokens": seq.prompt_len,
-        "output_tokens": seq.num_output,
-        "hit_tokens": seq.hit_tokens,
-        "recomputed_tokens": seq.recomputed_tokens,
-        "preemptions": seq.num_preemptions,
-        "finish_reason": seq.finish_reason,
-        "error": seq.error,
+        "request_id": [s.request_id for s in seqs],
+        "seq": [s.seq_id for s in seqs],
+        "sample": [s.sample_index for s in seqs],
+        "samples": [g.request.sampling.n for g in groups],
+        "session": [s.session for s in seqs],
+        "priority": [s.priority for s in seqs],
+        "arrival": [to_seconds(t) for t in arrived],
+        "queue_time": _between(arrived, [s.admitted_at for s in seqs]),
+        "ttft": _between(arrived, first),
+        "tpot": [None if t is None else t / (n - 1) for t, n in zip(_between(first, last), num_output)],
+        "latency": _between(arrived, ended),
+        "prompt_tokens": [s.prompt_len for s in seqs],
+        "output_tokens": num_output,
+        "hit_tokens": [s.hit_tokens for s in seqs],
+        "recomputed_tokens": [s.recomputed_tokens for s in seqs],
+        "preemptions": [s.num_preemptions for s in seqs],
+        "finish_reason": [s.finish_reason for s in seqs],
+        "error": [s.error for s in seqs],
     }
 
 
-def _transpose(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> Columns:
-    rows = list(rows)
-    return {name: [row[name] for row in rows] for name in names}
+def _between(starts: Sequence[int | None], ends: Sequence[int | None]) -> list[float | None]:
+    """Return the seconds from each start to its end, None where one of them has not come."""
+    return [None if a is None or b is None else to_seconds(b - a) for a, b in zip(starts, ends)]
 
 
 def same_tokens(one: Run, other: Run) -> bool:

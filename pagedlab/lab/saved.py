@@ -9,14 +9,25 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pagedlab.errors import ResultsError
-from pagedlab.lab.measures import Columns
+from pagedlab.lab.measures import LINKS, Columns
 from pagedlab.lab.results import COLUMNS, Run
 
-FORMAT = 1
+FORMAT = 2
+"""Of what `save_run` writes. It rises when a table or the totals get something new; older ones can still be read."""
+_ADDED: dict[int, dict[str, tuple[str, ...]]] = {
+    2: {
+        "steps": ("blocks_to_host", "blocks_to_device", "blocks_copied", "recomputed_tokens"),
+        "totals": ("blocks_to_host", "blocks_to_device", "blocks_copied"),
+    },
+}
+"""What came with each format: what a run of an older one does not know is None."""
+_NUMERIC = ("steps", "memory", "spans")
+"""Tables that hold nothing but numbers."""
 _JSON = "run.json"
 
 _TOTALS = [
@@ -29,6 +40,7 @@ _TOTALS = [
     "prefetch_refused",
     "prefetch_useful",
     "prefetch_useless",
+    *(f"blocks_{link}" for link in LINKS),
 ]
 
 
@@ -60,7 +72,7 @@ def _write(run: Run, folder: Path) -> None:
 
     folder.chmod(0o755)  # mkdtemp makes it the owner's alone
     for name in COLUMNS:
-        table = pa.table({column: pa.array(values) for column, values in run.columns(name).items()})
+        table = pa.table({column: pa.array(values) for column, values in run.arrays(name).items()})
         pq.write_table(table, folder / f"{name}.parquet")
     text = json.dumps(
         {"format": FORMAT, "config": run.description, "facts": run.facts, "summary": run.summary()}, indent=2
@@ -69,18 +81,32 @@ def _write(run: Run, folder: Path) -> None:
 
 
 def load_run(path: str | Path) -> Run:
-    """Read a run that `Run.save` wrote. `ResultsError`, in one line, names the file that is missing or broken."""
+    """Read a run that `Run.save` wrote. `ResultsError`, in one line, names the file that is missing or broken.
+
+    A run of an older format can be read: columns and totals that it does not know are None. One of a newer format
+    is refused.
+    """
     folder = Path(path)
     if not folder.is_dir():
         what = "is not a folder; a saved run is one" if folder.exists() else "no such folder"
         raise ResultsError(f"{folder}: {what}")
     stated = _read_json(folder / _JSON)
-    columns = {name: _read_table(folder / f"{name}.parquet", name) for name in COLUMNS}
+    late = _later_than(stated["format"])
+    columns = {name: _read_table(folder / f"{name}.parquet", name, late.get(name, ())) for name in COLUMNS}
     if len(columns["requests"]["request_id"]) != len(columns["outputs"]["request_id"]):
         raise ResultsError(f"{folder}: outputs.parquet and requests.parquet do not belong together")
     if len(columns["steps"]["step"]) != len(columns["memory"]["step"]):
         raise ResultsError(f"{folder}: memory.parquet and steps.parquet do not belong together")
     return Run(columns=columns, description=stated["config"], facts=stated["facts"])
+
+
+def _later_than(version: int) -> dict[str, tuple[str, ...]]:
+    """Return what came after a format, by table (and ``"totals"``)."""
+    late: dict[str, tuple[str, ...]] = {}
+    for came, added in _ADDED.items():
+        if came > version:
+            late |= {name: (*late.get(name, ()), *names) for name, names in added.items()}
+    return late
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -95,9 +121,15 @@ def _read_json(file: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
         raise ResultsError(f"{file}:{line}: not valid JSON") from None
-    if not isinstance(stated, dict) or stated.get("format") != FORMAT:
-        found = stated.get("format") if isinstance(stated, dict) else None
-        raise ResultsError(f"{file}: format {found!r}; this version reads format {FORMAT}")
+    if not isinstance(stated, dict):
+        raise ResultsError(f"{file}: not a JSON object")
+    version = stated.get("format")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ResultsError(f"{file}: format {version!r}; this version reads formats 1 to {FORMAT}")
+    if version > FORMAT:
+        raise ResultsError(
+            f"{file}: format {version} was written by a newer pagedlab; this version reads formats 1 to {FORMAT}"
+        )
     facts, config = stated.get("facts"), stated.get("config")
     if not isinstance(config, dict) or not isinstance(facts, dict):
         raise ResultsError(f"{file}: 'config' and 'facts' must be objects")
@@ -110,18 +142,21 @@ def _read_json(file: Path) -> dict[str, Any]:
     ):
         if not isinstance(facts.get(key), kind):
             raise ResultsError(f"{file}: 'facts.{key}' is missing or is no object")
+    totals = facts["totals"] = {**dict.fromkeys(_later_than(version).get("totals", ())), **facts["totals"]}
+    unknown = [key for key in _later_than(1)["totals"] if totals.get(key, 0) is None]
     for key in _TOTALS:
-        if not isinstance(facts["totals"].get(key), int):
+        if not isinstance(totals.get(key), int) and key not in unknown:
             raise ResultsError(f"{file}: 'facts.totals.{key}' is missing or is no number")
     facts["workload"].setdefault("name", "")
-    for key in ("kernel", "layout", "dtype"):
+    for key in ("kernel", "layout", "dtype", "kv_bytes_per_block"):
         facts["used"].setdefault(key, None)
     facts.setdefault("interrupted", False)
     facts.setdefault("has_text", True)
     return stated
 
 
-def _read_table(file: Path, name: str) -> Columns:
+def _read_table(file: Path, name: str, late: Sequence[str] = ()) -> Columns:
+    """Read a table; the columns ``late`` may be absent."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -134,6 +169,15 @@ def _read_table(file: Path, name: str) -> Columns:
             f"{file}: not a readable Parquet file ({str(error).splitlines()[0][:120]})"
         ) from None
     absent = [c for c in COLUMNS[name] if c not in table.column_names]
-    if absent:
-        raise ResultsError(f"{file}: column {absent[0]!r} is missing")
-    return {c: table.column(c).to_pylist() for c in COLUMNS[name]}
+    for column in absent:
+        if column not in late:
+            raise ResultsError(f"{file}: column {column!r} is missing")
+    columns: Columns = {}
+    for c in COLUMNS[name]:
+        if c in absent:
+            columns[c] = [None] * table.num_rows
+        elif name in _NUMERIC and not table.column(c).null_count:
+            columns[c] = table.column(c).to_numpy()
+        else:
+            columns[c] = table.column(c).to_pylist()
+    return columns

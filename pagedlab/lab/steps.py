@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from operator import attrgetter
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pagedlab.engine.clock import PS_PER_SECOND
 from pagedlab.engine.records import StepRecord
+from pagedlab.lab.measures import Columns
 
 _KINDS = ("stored", "reserved", "internal", "external", "cached", "free", "saved")
+_LINKS = ("to_host", "to_device", "copied")
 _FIELDS = ("step", "start", "duration", "count", "growth", "num_running", "num_waiting", "prefill_tokens",
-           "decode_tokens", "moves", "preemptions", "context_tokens", "prefill_pairs")  # fmt: skip
+           "decode_tokens", "preemptions", "recomputed_tokens", "context_tokens", "prefill_pairs")  # fmt: skip
 
 
-def tables(
-    records: Sequence[StepRecord], pool_tokens: int
-) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+def tables(records: Sequence[StepRecord], pool_tokens: int) -> tuple[Columns, Columns]:
     """Return the columns of ``steps`` and ``memory``, a row for every single step, as `StepRecord.each` gives them.
 
-    Times are in seconds, memory in tokens and as shares of ``pool_tokens``.
+    Every column is an array [num_steps]. Times are in seconds, memory in tokens and as shares of ``pool_tokens``.
     """
-    get = attrgetter(*_FIELDS)
-    flat = np.array([get(r) for r in records], dtype=np.int64).reshape(-1, len(_FIELDS))
-    held = np.array([r.memory for r in records], dtype=np.int64).reshape(-1, len(_KINDS))
-    counts = flat[:, _FIELDS.index("count")]
-    rows = np.repeat(np.arange(len(flat)), counts)
-    first = np.cumsum(counts) - counts
-    i = np.arange(len(rows)) - first[rows]
-    f = dict(zip(_FIELDS, flat[rows].T, strict=True))
-    m = dict(zip(_KINDS, held[rows].T, strict=True))
+    f = _columns(map(attrgetter(*_FIELDS), records), _FIELDS)
+    m = _columns(map(attrgetter("memory"), records), _KINDS)
+    moved = _columns(map(attrgetter("moved"), records), _LINKS)
+    i = np.zeros(len(records), dtype=np.int64)
+    counts = f.pop("count")
+    if (counts > 1).any():
+        rows = np.repeat(np.arange(len(counts)), counts)
+        i = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
+        f, m, moved = ({name: column[rows] for name, column in each.items()} for each in (f, m, moved))
     growth = f["growth"]
     start = f["start"] + i * f["duration"] + growth * (i * (i - 1) // 2)
     duration = f["duration"] + i * growth
@@ -41,24 +42,33 @@ def tables(
     m["stored"] = m["stored"] + more
     m["internal"] = used - m["stored"] - reserved
     m["reserved"] = reserved
-    step = (f["step"] + i).tolist()
+    step = f["step"] + i
+    # Records count from the beginning of the run, rows each for itself.
+    blocks = {f"blocks_{link}": np.diff(column, prepend=0) for link, column in moved.items()}
     steps = {
         "step": step,
-        "start": (start / PS_PER_SECOND).tolist(),
-        "duration": (duration / PS_PER_SECOND).tolist(),
-        "running": f["num_running"].tolist(),
-        "waiting": f["num_waiting"].tolist(),
-        "prefill_tokens": f["prefill_tokens"].tolist(),
-        "decode_tokens": f["decode_tokens"].tolist(),
-        "moves": np.where(i == 0, f["moves"], 0).tolist(),
-        "preemptions": f["preemptions"].tolist(),
-        "context_tokens": (f["context_tokens"] + more).tolist(),
-        "prefill_pairs": f["prefill_pairs"].tolist(),
+        "start": start / PS_PER_SECOND,
+        "duration": duration / PS_PER_SECOND,
+        "running": f["num_running"],
+        "waiting": f["num_waiting"],
+        "prefill_tokens": f["prefill_tokens"],
+        "decode_tokens": f["decode_tokens"],
+        "moves": sum(blocks.values()),
+        **blocks,
+        "preemptions": f["preemptions"],
+        "recomputed_tokens": f["recomputed_tokens"],
+        "context_tokens": f["context_tokens"] + more,
+        "prefill_pairs": f["prefill_pairs"],
     }
     memory = {
         "step": step,
-        "time": ((start + duration) / PS_PER_SECOND).tolist(),
-        **{kind: m[kind].tolist() for kind in _KINDS},
-        **{f"{kind}_share": (m[kind] / pool_tokens).tolist() for kind in _KINDS},
+        "time": (start + duration) / PS_PER_SECOND,
+        **{kind: m[kind] for kind in _KINDS},
+        **{f"{kind}_share": m[kind] / pool_tokens for kind in _KINDS},
     }
     return steps, memory
+
+
+def _columns(rows: Iterable[Sequence[int]], names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    flat = np.fromiter(chain.from_iterable(rows), dtype=np.int64).reshape(-1, len(names))
+    return dict(zip(names, np.ascontiguousarray(flat.T), strict=True))

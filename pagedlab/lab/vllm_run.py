@@ -46,6 +46,10 @@ PRIOR_SIGMA = 1.0
 error."""
 MOVED_SIGMA = 0.25
 """The same where the prior was itself fitted, on another card or model, and moved by the catalogue's ratios."""
+FIT_ON, MOVED_FIT_ON = 100, 20
+"""Requests whose measurements the fit may read, from the roofline and from a moved prior."""
+HARDWARE = "rtx-pro-6000"
+"""The catalogue's name for the card of the published runs."""
 NOISE = 0.01
 """Relative noise of a measured time, besides `NOISE_S`."""
 NOISE_S = 0.02
@@ -266,6 +270,9 @@ class Reproduction:
     seconds: float
     """What simulating the run once took."""
     engine: Engine = field(repr=False)
+    model: str = ""
+    """The catalogue's names for the run's model and card."""
+    hardware: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data, as the command line prints it."""
@@ -325,26 +332,44 @@ def reproduce(
     workload: str | Path | Workload,
     *,
     model: str | None = None,
-    hardware: str = "rtx-pro-6000",
-    fit_on: int = 100,
+    hardware: str = HARDWARE,
+    fit_on: int | None = None,
     prior: Calibrated | None = None,
+    source: Reproduction | None = None,
     num_blocks: int | None = None,
-    sigma: float = PRIOR_SIGMA,
+    sigma: float | None = None,
 ) -> Reproduction:
     """Simulate the vLLM run in ``folder`` after fitting the cost model to its first ``fit_on`` requests (0: no fit).
 
     ``model`` is the catalogue's name for the run's model, ``hardware`` its card; they make the ``prior`` of
-    the fit and nothing else. ``num_blocks`` is the pool's size, which these logs do not hold (left out: never
-    short).
+    the fit and nothing else. ``source`` is another run, on any model and card, already reproduced: its coefficients,
+    moved here by the catalogue's ratios, are then the prior, and fewer requests are enough (``fit_on`` is `FIT_ON`,
+    and `MOVED_FIT_ON` with a source). ``num_blocks`` is the pool's size, which these logs do not hold (left out:
+    never short).
     """
     run = VllmRun.load(folder)
     given = workload if isinstance(workload, Workload) else load(workload)
+    if prior is not None and source is not None:
+        raise ConfigError("prior and source exclude each other")
+    if fit_on is None:
+        fit_on = min(FIT_ON if source is None else MOVED_FIT_ON, len(run.requests))
     if not 0 <= fit_on <= len(run.requests):
         raise ConfigError(f"fit_on must be from 0 to {len(run.requests)}, not {fit_on}")
     simulator = Simulator(run, given, num_blocks=num_blocks)
     start = prior or Calibrated.prior(model or run.model, hardware, run.tensor_parallel)
+    if source is not None:
+        start = source.fit.cost.scaled(
+            model or run.model,
+            hardware,
+            from_model=source.model,
+            from_hardware=source.hardware,
+            to_tp=run.tensor_parallel,
+            from_tp=source.run.tensor_parallel,
+        )
+    if sigma is None:
+        sigma = PRIOR_SIGMA if source is None else MOVED_SIGMA
     fit = calibrate(run.before(fit_on), simulator, start, sigma) if fit_on else Fit(start, start, 0.0, 0)
-    return compare(run, simulator, fit, fit_on)
+    return replace(compare(run, simulator, fit, fit_on), model=model or run.model, hardware=hardware)
 
 
 def compare(run: VllmRun, simulator: Simulator, fit: Fit, fitted_on: int) -> Reproduction:

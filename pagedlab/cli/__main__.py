@@ -1,0 +1,5 @@
+"""``python -m pagedlab.cli``."""
+
+from pagedlab.cli import main
+
+main()
