@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, ClassVar, Self, dataclass_transform, get_type_hints
+from weakref import WeakKeyDictionary
 
 from pagedlab.errors import ConfigError, nearest
 
@@ -68,6 +69,10 @@ class Parameter:
         return value
 
 
+_declared: WeakKeyDictionary[type, list[Parameter]] = WeakKeyDictionary()
+"""What each class declares, once somebody has asked: reading type hints takes a while."""
+
+
 @dataclass_transform(kw_only_default=True, field_specifiers=(param, field))
 class Policy:
     """Base of the ten contracts. ``slot`` says which decision it makes; ``name`` is set by registration."""
@@ -83,13 +88,20 @@ class Policy:
     @classmethod
     def params(cls) -> list[Parameter]:
         """Return the declared parameters, in order of declaration."""
-        hints = get_type_hints(cls)
-        return [
-            Parameter(
-                f.name, hints[f.name] if isinstance(hints[f.name], type) else object, f.default, **f.metadata
-            )
-            for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-        ]
+        found = _declared.get(cls)
+        if found is None:
+            hints = get_type_hints(cls)
+            found = [
+                Parameter(
+                    f.name,
+                    hints[f.name] if isinstance(hints[f.name], type) else object,
+                    f.default,
+                    **f.metadata,
+                )
+                for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+            ]
+            _declared[cls] = found
+        return list(found)
 
     @classmethod
     def from_params(cls, params: dict[str, Any]) -> Self:
