@@ -1,1 +1,39 @@
-"""The eviction shelf: policies from half a century of caching, and those that know they cache prefixes."""
+"""The shelf: eviction policies of the literature, one module for each family.
+
+Every class gives the idea, the rule, the cost of an operation and the paper; `pagedlab.policies.shelf.parts` says what
+holds for all of them. Where libCacheSim, whose numbers many papers compare with, differs from the paper, a ``variant``
+follows it; our numbers are checked against its.
+"""
+
+from pagedlab.policies.shelf.arc import ARC
+from pagedlab.policies.shelf.greedy import GDSF, LFUDA, PGDSF, HitsPerToken
+from pagedlab.policies.shelf.hands import Clock, Sieve
+from pagedlab.policies.shelf.lhd import LHD
+from pagedlab.policies.shelf.lirs import LIRS
+from pagedlab.policies.shelf.queues import MQ, TwoQ
+from pagedlab.policies.shelf.recency import LRUK, MRU
+from pagedlab.policies.shelf.s3fifo import S3FIFO
+from pagedlab.policies.shelf.sampled import Hyperbolic, Random
+from pagedlab.policies.shelf.segmented import SLRU
+from pagedlab.policies.shelf.tree import LeafFirst
+
+__all__ = [
+    "ARC",
+    "GDSF",
+    "LFUDA",
+    "LHD",
+    "LIRS",
+    "LRUK",
+    "MQ",
+    "MRU",
+    "PGDSF",
+    "S3FIFO",
+    "SLRU",
+    "Clock",
+    "HitsPerToken",
+    "Hyperbolic",
+    "LeafFirst",
+    "Random",
+    "Sieve",
+    "TwoQ",
+]

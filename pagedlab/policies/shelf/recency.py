@@ -1,0 +1,84 @@
+"""Orders made of the times of past uses: the last one, or the last K."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable
+from typing import Any
+
+from pagedlab.policies.base import param
+from pagedlab.policies.block import Block
+from pagedlab.policies.eviction import LRU, Score
+from pagedlab.policies.shelf.parts import Ghosts, Ranked, choose
+from pagedlab.registry import register
+
+
+@register("eviction", "mru")
+class MRU(LRU):
+    """Give up the block released last: right for a loop that is longer than the cache. O(1) an operation.
+
+    Chou, DeWitt, An evaluation of buffer management strategies for relational database systems, VLDB 1985.
+    """
+
+    def victims(self, n: int, protected: Collection[Block] = ()) -> list[Block]:
+        return choose(n, protected, reversed(self._order))
+
+    def evict(self) -> Block | None:
+        return self._order.popitem()[0] if self._order else None
+
+
+@register("eviction", "lru-k")
+class LRUK(Ranked):
+    """Give up the block whose K-th last use is longest ago; those used less than K times go first, by their last use.
+
+    Time is counted in releases; a use in the middle of a longer one counts when it begins. What is known of a block is
+    kept when it is gone (the paper's retained information), for ``history`` times the capacity of keys. O(log cached)
+    for a release, else O(1), amortized.
+
+    O'Neil, O'Neil, Weikum, The LRU-K page replacement algorithm for database disk buffering, SIGMOD 1993. libCacheSim
+    retains nothing: ``history=0``.
+    """
+
+    k: int = param(2, low=1, high=16, unit="uses", help="uses that are looked back")
+    history: float = param(
+        1.0, low=0.0, high=16.0, unit="capacities", help="keys of gone blocks whose uses are remembered"
+    )
+
+    def reset(self, *, capacity: int) -> None:
+        super().reset(capacity=capacity)
+        self._uses: dict[Block, tuple[int, ...]] = {}
+        """Times of the last K uses, latest last."""
+        self._ghosts: Ghosts[tuple[int, ...]] = Ghosts(int(self.history * capacity))
+
+    def priority(self, block: Block) -> Score:
+        uses = self._uses[block]
+        return (1, uses[0]) if len(uses) == self.k else (0, uses[-1])
+
+    def _recall(self, key: Hashable) -> None:
+        if (uses := self._ghosts.find(key)) is not None:
+            self._ghosts.put_aside(key, uses)
+
+    def miss(self, key: Hashable, readmitted: bool = False) -> None:
+        self._recall(key)
+        if readmitted and (uses := self._ghosts.claim(key)):
+            # Its insert will count as the use that it had.
+            self._ghosts.put_aside(key, uses[:-1])
+
+    def insert(self, block: Block) -> None:
+        self._recall(block.key)
+        before = self._ghosts.claim(block.key) or ()
+        self._uses[block] = (*before, self._clock)[-self.k :]
+
+    def hit(self, block: Block) -> None:
+        super().hit(block)
+        self._uses[block] = (*self._uses[block], self._clock)[-self.k :]
+
+    def release(self, block: Block) -> None:
+        self._uses[block] = (*self._uses[block][:-1], self._clock + 1)
+        super().release(block)
+
+    def remove(self, block: Block) -> None:
+        super().remove(block)
+        self._ghosts.add(block.key, self._uses.pop(block))
+
+    def stats(self) -> dict[str, Any]:
+        return {"remembered": len(self._ghosts)}
