@@ -6,13 +6,13 @@ worth fades as the age grows, and nothing has to be scored again.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pagedlab.policies.base import param
 from pagedlab.policies.block import Block
 from pagedlab.policies.eviction import Score
+from pagedlab.policies.shelf.groups import Grouped
 from pagedlab.policies.shelf.parts import Ranked
-from pagedlab.policies.shelf.tree import LeafFirst
 from pagedlab.registry import register
 
 
@@ -93,36 +93,50 @@ class HitsPerToken(Ranked):
 
 
 @register("eviction", "pgdsf")
-class PGDSF(LeafFirst):
+class PGDSF(Grouped):
     """Prefix-aware GDSF: uses times the cost to recompute a token, plus age, among leaves of the tree of prefixes.
 
     A token deep in a prompt costs more to compute, since it attends to all before it: 1 + ``attention`` for every 1000
-    tokens of context, in units of what the first token costs. The age is the score of the last block given up.
+    tokens of context, in units of what a token costs without. The age is the score of the last block given up.
     O(log cached), amortized.
 
     Jin, Zhang, Jiang, Liu, Liu, Liu, Jin, RAGCache: efficient knowledge caching for retrieval-augmented generation,
     2024 (arXiv:2404.12457), where the cost comes from measured prefill times.
     """
 
+    leaves_only: ClassVar[bool] = True
     attention: float = param(
         0.03,
         low=0.0,
         high=100.0,
         unit="per 1000 tokens",
-        help="cost of context; 0.03 fits a model of 8 billion weights",
+        help="cost of context, unless the run knows its model",
     )
 
     def reset(self, *, capacity: int) -> None:
         super().reset(capacity=capacity)
-        self._age: Any = 0.0
+        view = self.view
+        known = 1000 * view.flops_per_pair / view.flops_per_token
+        self._per_token = (known or self.attention) / 1000
+        self._age = 0.0
+        self._score: dict[Block, float] = {}
+        """Scores as of the last release."""
 
-    def priority(self, block: Block) -> float:
-        context = block.depth + block.fill / 2
-        return float(self._age + (block.hits + 1) * (1 + self.attention * context / 1000))
+    def release(self, block: Block) -> None:
+        cost = 1 + self._per_token * (block.depth + block.fill / 2)
+        self._score[block] = self._age + (block.hits + 1) * cost
+        super().release(block)
+
+    def priority(self, block: Block) -> Score:
+        return self._score[block]
+
+    def worth(self, group: None, block: Block) -> Score:
+        return self._score[block]
 
     def remove(self, block: Block) -> None:
-        if block is self._first():
-            self._age = self._scores[block]
+        score = self._score.pop(block, None)
+        if score is not None and self.victims(1) == [block]:
+            self._age = score
         super().remove(block)
 
     def stats(self) -> dict[str, Any]:
