@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import deque
 from unittest.mock import patch
 
 import numpy as np
@@ -18,6 +19,9 @@ from test_kernels import Case, error
 from test_model_executor import build, executor_for, prompts, serve
 
 import pagedlab.kernels.layouts as layouts
+from pagedlab.engine.orders import DEVICE as DEVICE_TIER
+from pagedlab.engine.orders import HOST as HOST_TIER
+from pagedlab.engine.orders import Move
 from pagedlab.errors import ConfigError
 from pagedlab.kernels.layouts import BlockOf
 from pagedlab.policies.kernel import TritonPaged, interpreted
@@ -356,6 +360,25 @@ def test_a_model_says_the_same(name):
     assert outputs[0] == outputs[1]
 
 
+def test_an_executor_moves_blocks_with_the_kernel():
+    """As on a GPU: many independent moves at once, and a chain of moves in order."""
+    executor = executor_for(build("Llama", torch.float32), kernel="triton-paged", device=str(DEVICE))
+    assert (executor._move_blocks is not None) == GPU
+    executor._move_blocks = executor.attention.move_blocks
+    executor.prepare(num_blocks=8, block_size=4, host_blocks=4, max_num_seqs=1)
+    for tier in (DEVICE_TIER, HOST_TIER):
+        for cache in executor._tiers[tier]:
+            for block in range(len(cache)):
+                cache[block] = 10 * tier + block
+    moves = deque([Move(0, 1, 1, 3), Move(0, 2, 1, 0), Move(0, 1, 0, 2), Move(0, 2, 0, 5), Move(1, 0, 0, 1)])
+    executor.move(moves)
+    assert not moves
+    for cache in executor._tiers[DEVICE_TIER]:
+        assert [float(block.max()) for block in cache] == [0, 2, 1, 3, 4, 1, 6, 7]
+    for cache in executor._tiers[HOST_TIER]:
+        assert [float(block.max()) for block in cache] == [2, 11, 12, 1]
+
+
 def test_compiled_for_gpus_that_are_not_here():
     """In a process of its own: a function that is interpreted cannot be compiled. Nothing spills in the defaults."""
     script = (
@@ -388,3 +411,22 @@ def test_an_interpreted_process_does_not_compile():
         compile_kernels(["sm_90"])
     with pytest.raises(ConfigError, match="no target 'sm_95'; known: sm_80, sm_90"):
         compile_kernels(["sm_95"])
+
+
+def test_the_benchmark(monkeypatch):
+    """Every contender at one small point; on a GPU the timing is that of a run."""
+    from pagedlab.bench import kernel_gpu
+
+    monkeypatch.setattr(kernel_gpu, "NUM_HEADS", 2)
+    monkeypatch.setattr(kernel_gpu, "NUM_KV_HEADS", 1)
+    monkeypatch.setattr(kernel_gpu, "HEAD_SIZE", 16)
+    rows = kernel_gpu.measure(points=[(2, 64)], block_sizes=(16,), rounds=1, device=str(DEVICE))
+    paged = [row for row in rows if row["kernel"] == "triton-paged"]
+    assert {row["layout"] for row in paged} == {"padded", "csr"}
+    copy = next(row for row in rows if row["kernel"] == "copy")
+    assert copy["ratio_copy"] == 1
+    assert max(row["ratio_dense"] for row in rows if row["kernel"].startswith("sdpa")) == 1
+    for row in rows:
+        assert (row["num_seqs"], row["context_len"]) == (2, 64)
+        assert row["gb_per_s"] / copy["gb_per_s"] == pytest.approx(row["ratio_copy"])
+    assert {row["block_size"] for row in paged} == {16}

@@ -50,6 +50,10 @@ class AttentionBatch:
 class PagedAttention(Protocol):
     """One kernel for one layout. The block is axis 0 of every cache tensor, the rest is the kernel's
     choice.
+
+    A kernel for GPUs may also have ``move_blocks(sources, targets, from_blocks, to_blocks)``, which copies block
+    ``from_blocks[i]`` of ``sources[t]`` to ``to_blocks[i]`` of ``targets[t]`` for all i and t, within the device or
+    between it and the host; executors on a GPU then carry out moves with it.
     """
 
     axis_order: tuple[str, ...]
