@@ -11,6 +11,7 @@ from pagedlab.policies import (
     prefetch,
     reservation,
     scheduler,
+    shelf,
     swap,
 )
 from pagedlab.policies.allocator import Allocator
@@ -24,7 +25,6 @@ from pagedlab.policies.preemption import Preemption, Recompute, SwapOut
 from pagedlab.policies.prefetch import Prefetch, QueueLookahead
 from pagedlab.policies.reservation import Reservation
 from pagedlab.policies.scheduler import ChunkedPrefill, IterationLevel, Scheduler, StaticBatch
-from pagedlab.policies.shelf import costs, learned, lookahead, prefix_tree, timed
 from pagedlab.policies.swap import Drop, HostTier, Swap
 
 __all__ = [
@@ -54,19 +54,15 @@ __all__ = [
     "SwapOut",
     "allocator",
     "bounds",
-    "costs",
     "eviction",
     "kernel",
     "layout",
-    "learned",
-    "lookahead",
     "lookup",
     "param",
     "preemption",
     "prefetch",
-    "prefix_tree",
     "reservation",
     "scheduler",
+    "shelf",
     "swap",
-    "timed",
 ]
