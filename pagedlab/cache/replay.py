@@ -125,7 +125,9 @@ def prefix(
     view = _view_of(policy)
     resident: dict[int, Block] = {}
     find = resident.get
-    hit, miss, insert, release_all = policy.hit, policy.miss, policy.insert, policy.release_all
+    hit, release_all = policy.hit, policy.release_all
+    miss = policy.miss if _listens(policy, "miss") else None
+    insert = policy.insert if _listens(policy, "insert") else None
     spare: list[Block] = []
     made = born = 0
     for start in range(0, len(requests), _CHUNK):
@@ -143,9 +145,9 @@ def prefix(
                 block.hits += 1
                 hit(block)
                 block.ref_count = 1
-            missed = keys[found:]
-            for key in missed:
-                miss(key)
+            if miss is not None:
+                for key in keys[found:]:
+                    miss(key)
             fits = min(len(keys), capacity)
             while len(spare) < fits - found and made < capacity:
                 spare.append(Block(made, size=block_size))
@@ -172,7 +174,8 @@ def prefix(
                 block.created = now
                 block.hits = 0
                 block.ref_count = 1
-                insert(block)
+                if insert is not None:
+                    insert(block)
                 held.append(block)
                 if chained:
                     parent = key

@@ -68,6 +68,8 @@ class Eviction(Policy):
         """Start empty, for a tier of ``capacity`` blocks."""
         self._released: dict[Block, int] = {}
         self._heap: list[tuple[Score, int, Block]] = []
+        self._front: list[tuple[Score, int, Block]] = []
+        """What earlier looks took from the heap, lowest first: victims are looked for twice before they are gone."""
         self._clock = 0
 
     def priority(self, block: Block) -> Score:
@@ -103,29 +105,44 @@ class Eviction(Policy):
         Changes nothing that another call could see: `remove` follows for each block that was really given up.
         """
         # An entry counts as long as its block has not been used since: the number of the release says so.
-        released, heap = self._released, self._heap
+        released, heap, front = self._released, self._heap, self._front
         if self.dynamic:
+            front.clear()
             heap[:] = [(self.priority(block), at, block) for block, at in released.items()]
             heapify(heap)
         elif len(heap) > 2 * len(released) + 64:
             heap[:] = [entry for entry in heap if released.get(entry[2]) == entry[1]]
             heapify(heap)
+        self._forget_the_past()
         chosen: list[Block] = []
-        kept: list[tuple[Score, int, Block]] = []
-        while heap and len(chosen) < n:
-            entry = heap[0]
-            block = entry[2]
-            if released.get(block) != entry[1]:
-                heappop(heap)
-                continue
-            if block not in protected:
-                chosen.append(block)
-                if len(chosen) == n:
-                    break
-            kept.append(heappop(heap))
-        for entry in kept:
-            heappush(heap, entry)
-        return chosen if len(chosen) == n else []
+        i = 0
+        while len(chosen) < n:
+            if i < len(front) and not (heap and heap[0] < front[i]):
+                entry = front[i]
+                if released.get(entry[2]) != entry[1]:
+                    del front[i]
+                    continue
+            elif heap:
+                entry = heappop(heap)
+                if released.get(entry[2]) != entry[1]:
+                    continue
+                front.insert(i, entry)
+            else:
+                return []
+            i += 1
+            if entry[2] not in protected:
+                chosen.append(entry[2])
+        return chosen
+
+    def _forget_the_past(self) -> None:
+        """Drop what is at the head of the front and no longer counts."""
+        released, front = self._released, self._front
+        past = 0
+        for entry in front:
+            if released.get(entry[2]) == entry[1]:
+                break
+            past += 1
+        del front[:past]
 
     def evict(self) -> Block | None:
         """Name one victim and take it as removed: `victims` (1) and `remove` in one call. None if there is none."""

@@ -45,13 +45,14 @@ class Ranked(Eviction):
     """The order of `priority` as read at release; the first can be seen and taken without further ado."""
 
     def _first(self) -> Block | None:
-        heap, released = self._heap, self._released
-        while heap:
-            _, at, block = heap[0]
-            if released.get(block) == at:
-                return block
+        heap, front, released = self._heap, self._front, self._released
+        while heap and released.get(heap[0][2]) != heap[0][1]:
             heappop(heap)
-        return None
+        if front:
+            self._forget_the_past()
+        if front and not (heap and heap[0] < front[0]):
+            return front[0][2]
+        return heap[0][2] if heap else None
 
     def evict(self) -> Block | None:
         block = self._first()
@@ -141,6 +142,7 @@ class Places:
 
     def lowest(self, n: int, below: float = inf) -> list[tuple[int, Block]]:
         """Return up to ``n`` of those before ``below``, lowest first, with their places. They stay."""
+        self._heads()
         heap, at = self._heap, self._at
         early: list[tuple[int, Block]] = []
         while heap and len(early) < n and heap[0][0] < below:

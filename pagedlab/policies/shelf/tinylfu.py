@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Hashable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from pagedlab.policies.base import param
 from pagedlab.policies.block import Block
 from pagedlab.policies.eviction import Eviction
-from pagedlab.policies.shelf.parts import choose, first
+from pagedlab.policies.shelf.parts import first
 from pagedlab.policies.shelf.segmented import SLRU
 from pagedlab.registry import register
 
@@ -70,7 +70,8 @@ class WTinyLFU(Eviction):
 
     Einziger, Friedman, Manes, TinyLFU: a highly efficient cache admission policy, ACM Transactions on Storage 13(4),
     2017. ``variant="libcachesim"`` comes near that simulator: a main SLRU of four equal segments, hits in the window
-    not counted, and in place of the sketch a counting Bloom filter for 0.1% false positives, halved every 32 capacities.
+    not counted, and in place of the sketch a counting Bloom filter for 0.1% false positives, halved
+    every 32 capacities.
     """
 
     window: float = param(0.01, low=0.0, high=1.0, help="share of the blocks for the window (at least one)")
@@ -97,22 +98,28 @@ class WTinyLFU(Eviction):
             self._sketch = Sketch(max(16, int(1.44 * capacity)), 10, 32 * capacity, conservative=False)
         self._main.reset(capacity=self._room)
         self._cells: dict[Block, list[int]] = {}
-        self._missed: tuple[Hashable, list[int]] = (None, [])
-        """The last miss, whose cells are at hand."""
+        self._missed: dict[Hashable, list[int]] = {}
+        """Cells of what was missed and will perhaps be inserted."""
+        self._plan: list[tuple[Block, Block | None]] = []
+        """Contests that `victims` held, the last first: who loses, and who wins a place."""
 
     def miss(self, key: Hashable, readmitted: bool = False) -> None:
+        self._plan.clear()
         if not readmitted:
             cells = self._sketch.cells(key)
             self._sketch.add(cells)
-            self._missed = key, cells
+            if len(self._missed) > self._room:
+                self._missed.clear()
+            self._missed[key] = cells
 
     def insert(self, block: Block) -> None:
-        key, cells = self._missed
-        self._cells[block] = cells if key == block.key else self._sketch.cells(block.key)
+        self._plan.clear()
+        self._cells[block] = self._missed.pop(block.key, []) or self._sketch.cells(block.key)
         self._new.add(block)
         self._move_on()
 
     def hit(self, block: Block) -> None:
+        self._plan.clear()
         if block not in self._new:
             self._main.hit(block)
         else:
@@ -122,6 +129,7 @@ class WTinyLFU(Eviction):
         self._sketch.add(self._cells[block])
 
     def release(self, block: Block) -> None:
+        self._plan.clear()
         if block in self._new:
             self._window[block] = None
             self._move_on()
@@ -157,6 +165,7 @@ class WTinyLFU(Eviction):
         return (victim, candidate) if self._displaces(candidate, victim) else (candidate, None)
 
     def evict(self) -> Block | None:
+        self._plan.clear()
         block, winner = self._contest()
         if winner is not None:
             self._promote(winner)
@@ -173,16 +182,24 @@ class WTinyLFU(Eviction):
             self._main.remove(block)
 
     def remove(self, block: Block) -> None:
-        named, winner = self._contest()
-        if block is named and winner is not None:
+        if not self._plan or self._plan[-1][0] is not block:
+            self._plan.clear()
+            named, winner = self._contest()
+            if block is not named:
+                winner = None
+        else:
+            _, winner = self._plan.pop()
+        if winner is not None:
             self._promote(winner)
         self._forget(block)
 
     def victims(self, n: int, protected: Collection[Block] = ()) -> list[Block]:
-        return choose(n, (), self._losers(protected))
+        contests = list(islice(self._contests(protected), n))
+        self._plan = [] if protected else contests[::-1]
+        return [loser for loser, _ in contests] if len(contests) == n else []
 
-    def _losers(self, protected: Collection[Block]) -> Iterator[Block]:
-        """What contest after contest would name, if protected blocks took no part."""
+    def _contests(self, protected: Collection[Block]) -> Iterator[tuple[Block, Block | None]]:
+        """Who would lose contest after contest, and who would win, if protected blocks took no part."""
         lowest, *upper = ((b for b in queue if b not in protected) for queue in self._main.order())
         winners: deque[Block] = deque()
 
@@ -198,13 +215,13 @@ class WTinyLFU(Eviction):
             if candidate in protected:
                 continue
             if victim is not None and self._displaces(candidate, victim):
-                yield victim
+                yield victim, candidate
                 winners.append(candidate)
                 victim = next_victim()
             else:
-                yield candidate
+                yield candidate, None
         while victim is not None:
-            yield victim
+            yield victim, None
             victim = next_victim()
 
     def stats(self) -> dict[str, Any]:
