@@ -240,7 +240,7 @@ def test_compare_replays_and_measures_the_distance_to_belady() -> None:
 
 @pytest.mark.parametrize("option", [("--hardware", "h100"), ("--slo", "ttft=1"), ("--set", "swap=host")])
 def test_a_replay_has_no_engine(option: tuple[str, str]) -> None:
-    assert refused("compare", "scan-loop", "--how", "replay", *option).startswith(f"error: {option[0]}")
+    assert refused("compare", "scan-loop", "--how", "replay", *option).startswith(f"pagedlab: {option[0]}")
 
 
 @pytest.mark.parametrize("width", [100, 160])
