@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from pagedlab.errors import ConfigError
 from pagedlab.kernels.base import AttentionBatch, PagedAttention
 from pagedlab.kernels.dense import dense_attention
 from pagedlab.kernels.layouts import BlockOf
-from pagedlab.policies.kernel import CPUPaged, Dense, GatherSDPA, Kernel
+from pagedlab.policies.kernel import CPUPaged, Dense, GatherSDPA, Kernel, TritonPaged
 from pagedlab.policies.layout import CSR, Layout, Padded
 
 KERNELS = [Dense, GatherSDPA, CPUPaged]
@@ -337,7 +338,9 @@ def test_resolve_answers_or_names_what_is_supported():
     dense = Dense()
     assert dense.resolve("cuda:1", "float16") is dense
     assert isinstance(pl.make("kernel", "auto").resolve("cpu", "bfloat16"), CPUPaged)
-    assert isinstance(pl.make("kernel", "auto").resolve("cuda", "bfloat16"), GatherSDPA)
+    auto = pl.make("kernel", "auto")
+    assert isinstance(auto.resolve("cuda", "bfloat16"), TritonPaged if find_spec("triton") else GatherSDPA)
+    assert isinstance(auto.resolve("cuda", "float64"), GatherSDPA)
     with pytest.raises(ConfigError, match="'cpu-paged' runs on cpu, not on 'cuda'"):
         CPUPaged().resolve("cuda", "float32")
     with pytest.raises(ConfigError, match="float32, bfloat16, float16, float64, not 'float8_e4m3fn'"):
