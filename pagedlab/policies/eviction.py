@@ -26,7 +26,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Hashable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import islice, repeat
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pagedlab.policies.base import Policy
 from pagedlab.policies.block import Block
@@ -41,6 +41,12 @@ class Eviction(Policy):
 
     slot: ClassVar[str] = "eviction"
     dynamic: ClassVar[bool] = False
+    growth: ClassVar[Literal["constant", "log", "linear"]] = "log"
+    """How the work of a call may grow with the number of cached blocks, amortised; `pagedlab.testing` measures it. With
+    ``dynamic = True`` it is linear whatever is said here.
+    """
+    counts_hits: ClassVar[bool] = False
+    """Says that a block that was hit often outlives one that never was, all else being equal."""
     needs_future: ClassVar[bool] = False
     """`reset` wants ``future``: the keys of all accesses to come, in the order in which `hit` and `miss` will tell of
     them. Only `replay` can give that; see `pagedlab.policies.bounds`.
@@ -319,6 +325,8 @@ class FIFO(Eviction):
 @register("eviction", "lfu")
 class LFU(Eviction):
     """Give up the block with the fewest hits; among equals the one stored first. O(log cached)."""
+
+    counts_hits: ClassVar[bool] = True
 
     def priority(self, block: Block) -> Score:
         return block.hits, block.born
