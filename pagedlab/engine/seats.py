@@ -48,6 +48,8 @@ class Seats:
         self.totals = Totals()
         self.waiting: deque[Sequence] = deque()
         """The queue, front first."""
+        view = EngineView(events, self.waiting, shape, config.block_size)
+        policies.preemption.attach(view)
         self.cache = KVCache(
             num_blocks=config.num_blocks,
             block_size=config.block_size,
@@ -59,7 +61,7 @@ class Seats:
             null_block=config.null_block,
             events=events,
             on_prefetch_fate=on_prefetch_fate,
-            view=EngineView(events, self.waiting, shape, config.block_size),
+            view=view,
         )
         policies.scheduler.reset()
         self.running: list[Sequence] = []
