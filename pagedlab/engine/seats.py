@@ -104,13 +104,15 @@ class Seats:
             self.policies.reservation.claim(seq, seq.prompt_len, self.max_model_len), seq.table.final_len
         )
         needed = -(-claim // self.config.block_size)
-        if needed > self.cache.device.capacity:
+        available = self.cache.device.limit(seq.table.origin)
+        if needed > available:
+            whose = "" if available == self.cache.device.capacity else ", or raise its tenant's share"
             raise RequestTooLarge(
                 f"{name}: {claim} tokens in blocks of {self.config.block_size}",
                 needed,
-                self.cache.device.capacity,
+                available,
                 "blocks",
-                "raise num_blocks, or lower max_tokens or the reservation",
+                f"raise num_blocks, or lower max_tokens or the reservation{whose}",
             )
 
     def admit(self, seq: Sequence, tokens: int, whole: bool, plan: Plan) -> int:
@@ -170,7 +172,7 @@ class Seats:
     def _claim(self, seq: Sequence, step_end: int) -> int:
         """Tokens to have room for at admission: the reservation's word, within what one sequence can ever get."""
         claim = self.policies.reservation.claim(seq, step_end, self.max_model_len)
-        return max(step_end, min(claim, self.cache.device.capacity * self.config.block_size))
+        return max(step_end, min(claim, self.cache.device.limit(seq.table.origin) * self.config.block_size))
 
     def make_room(self, seq: Sequence, num_tokens: int, plan: Plan) -> bool:
         """Grow a running sequence, at others' cost if need be; False if it was preempted itself."""
