@@ -29,6 +29,7 @@ from pagedlab.policies.reservation import Reservation
 from pagedlab.policies.scheduler import ChunkedPrefill, IterationLevel, Scheduler, StaticBatch
 from pagedlab.policies.shelf import costs, learned, lookahead, prefix_tree, timed
 from pagedlab.policies.swap import Drop, HostTier, Swap
+from pagedlab.policies.wrappers import Recorded, Timed
 
 __all__ = [
     "LFU",
@@ -50,11 +51,13 @@ __all__ = [
     "QueueLookahead",
     "RadixTree",
     "Recompute",
+    "Recorded",
     "Reservation",
     "Scheduler",
     "StaticBatch",
     "Swap",
     "SwapOut",
+    "Timed",
     "allocator",
     "bounds",
     "costs",
