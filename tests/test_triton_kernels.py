@@ -25,7 +25,7 @@ from pagedlab.engine.orders import Move
 from pagedlab.errors import ConfigError
 from pagedlab.kernels.layouts import BlockOf
 from pagedlab.policies.kernel import TritonPaged, interpreted
-from pagedlab.policies.layout import CSR, Padded
+from pagedlab.policies.layout import CSR, Extents, Padded, TwoLevel
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available() and not interpreted()
@@ -36,7 +36,7 @@ from pagedlab.kernels.triton.moves import gather_blocks, move_blocks, scatter_bl
 from pagedlab.kernels.triton.paged import TritonPagedAttention  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
-LAYOUTS = [Padded, CSR]
+LAYOUTS = [Padded, CSR, TwoLevel, Extents]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 if not GPU:
     TOLERANCE[torch.float64] = 1e-12

@@ -1,8 +1,8 @@
 """What every Triton kernel takes on GPUs that need not be here: registers, stack, spills and shared memory.
 
 Kernels are compiled ahead of time with the tiles that a run would use, for A100 (sm_80), H100 and H200 (sm_90) and
-MI300 (gfx942). ``registers`` are those of a thread (AMD: vector registers), ``stack`` and ``shared`` are bytes; ``spills``
-counts spilled registers on AMD, while ptxas puts them on the stack.
+MI300 (gfx942). ``registers`` are those of a thread (AMD: vector registers), ``stack`` and ``shared`` are bytes;
+``spills`` counts spilled registers on AMD, while ptxas puts them on the stack.
 """
 
 from __future__ import annotations

@@ -18,6 +18,9 @@ Two ways to write one:
   every candidate whenever a victim is needed, O(cached)).
 * full: override the observations and `victims`. `evict`, `hit_all`, `release_all` and `remove_all` are short cuts for
   callers that count nanoseconds; who overrides a plain method gets short cuts that follow from it.
+
+A policy that divides the tier among tenants says so by `partitioned`: it is then asked for whom the room is
+(`victims_for`), and `limit` says how much one request can ever have.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from itertools import islice, repeat
 from typing import Any, ClassVar, Literal
 
 from pagedlab.policies.base import Policy
-from pagedlab.policies.block import Block
+from pagedlab.policies.block import Block, Origin
 from pagedlab.policies.view import NOTHING_KNOWN, View
 from pagedlab.registry import register
 
@@ -81,6 +84,9 @@ class Eviction(Policy):
     def priority(self, block: Block) -> Score:
         """Return the block's worth; the lowest is given up first."""
         raise NotImplementedError(f"{type(self).__name__} defines neither priority() nor victims()")
+
+    def begin(self, origin: Origin) -> None:
+        """The hits and misses that follow are those of one admission, of a request that comes from ``origin``."""
 
     def miss(self, key: Hashable, readmitted: bool = False) -> None:
         """A prompt wanted this content and it was not cached. ``readmitted``: asked before, then
@@ -149,6 +155,29 @@ class Eviction(Policy):
                 break
             past += 1
         del front[:past]
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether it matters for whom room is made; read after `reset`."""
+        return False
+
+    def limit(self, origin: Origin) -> int:
+        """Return how many blocks of the tier a request from ``origin`` can have if nothing else runs."""
+        raise NotImplementedError(f"{type(self).__name__} is not partitioned")
+
+    def obtainable(self, origin: Origin, protected: Collection[Block] = ()) -> int:
+        """Return how many released blocks may be given up for ``origin``. Changes nothing."""
+        raise NotImplementedError(f"{type(self).__name__} is not partitioned")
+
+    def victims_for(
+        self, origin: Origin, n: int, free: int, protected: Collection[Block] = ()
+    ) -> list[Block] | None:
+        """Return what to give up before ``n`` blocks are taken for ``origin``, with ``free`` of them free now.
+
+        It may be more than is needed (a share that is used up), but no more than `obtainable`; None if that is not
+        enough. Changes nothing, like `victims`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not partitioned")
 
     def evict(self) -> Block | None:
         """Name one victim and take it as removed: `victims` (1) and `remove` in one call. None if there is none."""
