@@ -1,4 +1,5 @@
-"""The command line, ``pagedlab``: list, generate, replay, compare, sweep, calibrate, bench, demo, lab, reproduce, data.
+"""The command line, ``pagedlab``: list, generate, replay, compare, sweep, calibrate, bench, demo,
+new-policy, lab, reproduce, data.
 
 One module per command; none imports what it runs before it is called. What a person got wrong comes back as one line
 on stderr and exit code 2.
@@ -13,6 +14,7 @@ from pagedlab.cli import (
     generate,
     lab,
     listing,
+    new_policy,
     replay,
     reproduce,
     sweep,
@@ -28,6 +30,7 @@ app.command("sweep")(sweep.sweep)
 app.command("calibrate")(calibrate.calibrate)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
+app.command("new-policy")(new_policy.new_policy)
 app.command("lab", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lab.lab)
 app.add_typer(reproduce.app, name="reproduce")
 app.add_typer(data.app, name="data")
