@@ -22,7 +22,7 @@ from pagedlab.engine.sequence import Sequence, Status
 from pagedlab.engine.view import EngineView
 from pagedlab.errors import ConfigError, PolicyError, RequestTooLarge
 from pagedlab.events import EventLog
-from pagedlab.policies.block import Block
+from pagedlab.policies.block import NOBODY, Block
 from pagedlab.policies.bounds import refuse_future
 from pagedlab.policies.lookup import NO_MATCH, Match
 from pagedlab.policies.prompt import HashedTokens
@@ -63,6 +63,12 @@ class Seats:
             on_prefetch_fate=on_prefetch_fate,
             view=view,
         )
+        if policies.allocator.contiguous and self.cache.device.limit(NOBODY) < self.cache.device.capacity:
+            raise ConfigError(
+                f"eviction {policies.eviction.name!r} keeps shares for tenants, so allocator "
+                f"{policies.allocator.name!r} may never find a run of adjacent blocks; use fifo or free-list, or shares "
+                "that are not reserved"
+            )
         policies.scheduler.reset()
         self.running: list[Sequence] = []
         """Sequences that hold device blocks, oldest admission first."""
