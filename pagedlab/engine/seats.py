@@ -66,7 +66,7 @@ class Seats:
         if policies.allocator.contiguous and self.cache.device.limit(NOBODY) < self.cache.device.capacity:
             raise ConfigError(
                 f"eviction {policies.eviction.name!r} keeps shares for tenants, so allocator "
-                f"{policies.allocator.name!r} may never find a run of adjacent blocks; use fifo or free-list, or shares "
+                f"{policies.allocator.name!r} may never find a run of adjacent blocks; use another one, or shares "
                 "that are not reserved"
             )
         policies.scheduler.reset()
