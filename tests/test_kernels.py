@@ -22,9 +22,10 @@ from pagedlab.kernels.dense import dense_attention
 from pagedlab.kernels.layouts import BlockOf
 from pagedlab.policies.kernel import CPUPaged, Dense, GatherSDPA, Kernel, TritonPaged
 from pagedlab.policies.layout import CSR, Layout, Padded
+from pagedlab.registry import lookup_class, policy_names
 
 KERNELS = [Dense, GatherSDPA, CPUPaged]
-LAYOUTS = [Padded, CSR]
+LAYOUTS = [lookup_class("layout", name) for name in policy_names("layout")]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 CPU = torch.device("cpu")
 

@@ -26,7 +26,7 @@ from pagedlab.errors import ConfigError
 from pagedlab.executors.model import ModelExecutor
 from pagedlab.kernels.layouts import BlockOf
 from pagedlab.policies.kernel import TritonPaged, interpreted
-from pagedlab.policies.layout import CSR, Padded
+from pagedlab.policies.layout import CSR, Extents, Padded, TwoLevel
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available() and not interpreted()
@@ -38,7 +38,7 @@ from pagedlab.kernels.triton.moves import gather_blocks, move_blocks, scatter_bl
 from pagedlab.kernels.triton.paged import TritonPagedAttention  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
-LAYOUTS = [Padded, CSR]
+LAYOUTS = [Padded, CSR, TwoLevel, Extents]
 DTYPES = {
     "E4M3": torch.float8_e4m3fn,
     "E4M3_BITS": torch.float8_e4m3fn,
@@ -516,8 +516,8 @@ def test_compiled_for_gpus_that_are_not_here(target):
     shapes = [
         {},
         {"dtype": "float32", "head_size": 256, "block_size": 13},
-        {"kv_dtype": "fp8"},
-        {"kv_dtype": "int8", "head_size": 256, "features": True},
+        {"kv_dtype": "fp8", "layout": "extents"},
+        {"kv_dtype": "int8", "head_size": 256, "features": True, "layout": "two-level"},
     ]
     script = (
         "import json; from pagedlab.kernels.triton.resources import compile_kernels;"

@@ -124,9 +124,10 @@ class KVCache:
         protected = guarded if self.host is None else [b for b in guarded if b.tier == DEVICE]
         need = fresh + len(low)
         self.scattered = False
-        device = self.device
-        if not device.has_room(need + spare, protected) or (
-            device.allocator.contiguous and not device.has_room(need, protected, contiguous=True)
+        device, origin = self.device, table.origin
+        if not device.has_room(need + spare, protected, origin=origin) or (
+            device.allocator.contiguous
+            and not device.has_room(need, protected, contiguous=True, origin=origin)
         ):
             spare_blocks = self.device.num_free + self.device.num_cached
             self.scattered = self.device.allocator.contiguous and spare_blocks >= need + spare
@@ -138,7 +139,7 @@ class KVCache:
         if host_pins:
             self.host.share(host_pins)  # type: ignore[union-attr]
         device.share(protected)
-        taken = self.device.take(need, contiguous=True)
+        taken = self.device.take(need, contiguous=True, origin=origin)
         if taken is None:
             raise InvariantBroken(f"{need} blocks were promised to sequence {table.seq_id} and are not there")
         loads, rest = taken[: len(low)], taken[len(low) :]
@@ -186,6 +187,8 @@ class KVCache:
         """Tell the eviction policies what this admission found and missed."""
         if not self._shares:
             return
+        for pool in self.pools:
+            pool.eviction.begin(table.origin)
         for block in found:
             block.hits += 1
         here = found
@@ -234,7 +237,8 @@ class KVCache:
         if extra <= 0 and not copy:
             return True
         extra = max(extra, 0)
-        taken = self.device.take(extra + copy, after=blocks[-1].index if blocks else None)
+        after = blocks[-1].index if blocks else None
+        taken = self.device.take(extra + copy, after=after, origin=table.origin)
         if taken is None:
             return False
         before = self._within(table)
@@ -368,7 +372,7 @@ class KVCache:
         used = -(-table.num_tokens // self.block_size)
         if self.host is None or used == 0:
             return False
-        targets = self.host.take(used)
+        targets = self.host.take(used, origin=table.origin)
         if targets is None:
             return False
         for block, target in zip(table.blocks, targets):
@@ -389,9 +393,9 @@ class KVCache:
         """Bring a swapped table back with room for ``claim`` tokens; False if there is no room."""
         used = len(table.host_blocks)
         need = max(-(-claim // self.block_size), used)
-        if not self.device.has_room(need + spare):
+        if not self.device.has_room(need + spare, origin=table.origin):
             return False
-        taken = self.device.take(need)
+        taken = self.device.take(need, origin=table.origin)
         if taken is None:
             return False
         for source, target in zip(table.host_blocks, taken):
@@ -484,7 +488,7 @@ class KVCache:
         assert host is not None
         if lookup.copy_in(block, HOST) is not None:
             return
-        taken = host.take(1)
+        taken = host.take(1, origin=block.origin)
         if taken is None:
             return
         copy, now = taken[0], self.events.time

@@ -22,7 +22,7 @@ from pagedlab.engine.sequence import Sequence, Status
 from pagedlab.engine.view import EngineView
 from pagedlab.errors import ConfigError, PolicyError, RequestTooLarge
 from pagedlab.events import EventLog
-from pagedlab.policies.block import Block
+from pagedlab.policies.block import NOBODY, Block
 from pagedlab.policies.bounds import refuse_future
 from pagedlab.policies.lookup import NO_MATCH, Match
 from pagedlab.policies.prompt import HashedTokens
@@ -48,6 +48,8 @@ class Seats:
         self.totals = Totals()
         self.waiting: deque[Sequence] = deque()
         """The queue, front first."""
+        view = EngineView(events, self.waiting, shape, config.block_size)
+        policies.preemption.attach(view)
         self.cache = KVCache(
             num_blocks=config.num_blocks,
             block_size=config.block_size,
@@ -59,8 +61,14 @@ class Seats:
             null_block=config.null_block,
             events=events,
             on_prefetch_fate=on_prefetch_fate,
-            view=EngineView(events, self.waiting, shape, config.block_size),
+            view=view,
         )
+        if policies.allocator.contiguous and self.cache.device.limit(NOBODY) < self.cache.device.capacity:
+            raise ConfigError(
+                f"eviction {policies.eviction.name!r} keeps shares for tenants, so allocator "
+                f"{policies.allocator.name!r} may never find a run of adjacent blocks; use another one, or shares "
+                "that are not reserved"
+            )
         policies.scheduler.reset()
         self.running: list[Sequence] = []
         """Sequences that hold device blocks, oldest admission first."""
@@ -102,13 +110,15 @@ class Seats:
             self.policies.reservation.claim(seq, seq.prompt_len, self.max_model_len), seq.table.final_len
         )
         needed = -(-claim // self.config.block_size)
-        if needed > self.cache.device.capacity:
+        available = self.cache.device.limit(seq.table.origin)
+        if needed > available:
+            whose = "" if available == self.cache.device.capacity else ", or raise its tenant's share"
             raise RequestTooLarge(
                 f"{name}: {claim} tokens in blocks of {self.config.block_size}",
                 needed,
-                self.cache.device.capacity,
+                available,
                 "blocks",
-                "raise num_blocks, or lower max_tokens or the reservation",
+                f"raise num_blocks, or lower max_tokens or the reservation{whose}",
             )
 
     def admit(self, seq: Sequence, tokens: int, whole: bool, plan: Plan) -> int:
@@ -168,7 +178,7 @@ class Seats:
     def _claim(self, seq: Sequence, step_end: int) -> int:
         """Tokens to have room for at admission: the reservation's word, within what one sequence can ever get."""
         claim = self.policies.reservation.claim(seq, step_end, self.max_model_len)
-        return max(step_end, min(claim, self.cache.device.capacity * self.config.block_size))
+        return max(step_end, min(claim, self.cache.device.limit(seq.table.origin) * self.config.block_size))
 
     def make_room(self, seq: Sequence, num_tokens: int, plan: Plan) -> bool:
         """Grow a running sequence, at others' cost if need be; False if it was preempted itself."""

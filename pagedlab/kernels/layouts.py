@@ -85,5 +85,46 @@ def _csr_torch(
     return entries[index[rows].long() + i].long()
 
 
+@njit(inline="always")
+def _two_level_numba(entries, index, row, i):  # type: ignore[no-untyped-def]
+    page = index[0]
+    return entries[index[2 + row * index[1] + i // page] * page + i % page]
+
+
+def _two_level_torch(
+    entries: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, i: torch.Tensor
+) -> torch.Tensor:
+    page, width = index[0].long(), index[1].long()
+    return entries[index[2 + rows * width + i // page].long() * page + i % page].long()
+
+
+@njit
+def _extents_numba(entries, index, row, i):  # type: ignore[no-untyped-def]
+    begin, low, high = index[2 * row], 0, index[2 * row + 1] - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if entries[begin + 2 * middle] <= i:
+            low = middle
+        else:
+            high = middle - 1
+    return entries[begin + 2 * low + 1] + i - entries[begin + 2 * low]
+
+
+def _extents_torch(
+    entries: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, i: torch.Tensor
+) -> torch.Tensor:
+    begin, high = index[2 * rows].long(), index[2 * rows + 1].long() - 1 + torch.zeros_like(i)
+    if not high.numel():
+        return high
+    low = torch.zeros_like(high)
+    for _ in range(int(high.max()).bit_length()):
+        middle = (low + high + 1) // 2
+        right = entries[begin + 2 * middle] <= i
+        low, high = torch.where(right, middle, low), torch.where(right, high, middle - 1)
+    return entries[begin + 2 * low + 1].long() + i - entries[begin + 2 * low]
+
+
 padded = BlockOf(_padded_numba, _padded_torch, "pagedlab.kernels.triton.tables:padded")
 csr = BlockOf(_csr_numba, _csr_torch, "pagedlab.kernels.triton.tables:csr")
+two_level = BlockOf(_two_level_numba, _two_level_torch, "pagedlab.kernels.triton.tables:two_level")
+extents = BlockOf(_extents_numba, _extents_torch, "pagedlab.kernels.triton.tables:extents")

@@ -36,7 +36,7 @@ from pagedlab.kernels.triton.formats import (
 from pagedlab.kernels.triton.moves import move_blocks, on
 from pagedlab.kernels.triton.prefill import prefill_tiles
 from pagedlab.kernels.triton.quantised import store_quantised
-from pagedlab.kernels.triton.shapes import MOST_CHANNELS, Shape, round_up
+from pagedlab.kernels.triton.shapes import FUSED, MOST_CHANNELS, Shape, round_up
 from pagedlab.policies.layout import Layout
 
 MOST_SPLITS = 64
@@ -151,6 +151,7 @@ class TritonPagedAttention:
                 BLOCK_SIZE=cache.shape[2],
                 SIZE=size,
                 PADDED=triton.next_power_of_2(size),
+                **FUSED,
             )
 
     def _write_quantised(self, cache: torch.Tensor, new: torch.Tensor, block_size: int, plan: _Plan) -> None:
@@ -181,6 +182,7 @@ class TritonPagedAttention:
                 CHUNK=QUANTISED_CHUNK,
                 FORMAT=FORMATS[form],
                 FIXED=self.scales == "head",
+                **FUSED,
             )
 
     def write_rotated(
@@ -229,6 +231,7 @@ class TritonPagedAttention:
                 ROTARY=2 * cos.shape[-1],
                 INTERLEAVED=interleaved,
                 REAL=_real(key.dtype),
+                **FUSED,
             )
 
     def attend(
@@ -361,6 +364,7 @@ class TritonPagedAttention:
                 WINDOW=constants["WINDOW"],
                 REAL=constants["REAL"],
                 num_warps=1,
+                **FUSED,
             )
 
     def split_len(self, visible: int, programs: int, tile: int, device: torch.device) -> int:

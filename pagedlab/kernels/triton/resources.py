@@ -24,7 +24,7 @@ from pagedlab.errors import ConfigError, nearest
 from pagedlab.kernels.triton import blocks, cache_write, decode, prefill, quantised, tables
 from pagedlab.kernels.triton.formats import FORMATS, QUANTISED_CHUNK, TAIL
 from pagedlab.kernels.triton.moves import CHUNK
-from pagedlab.kernels.triton.shapes import Shape
+from pagedlab.kernels.triton.shapes import FUSED, Shape
 from pagedlab.policies.kernel import interpreted
 
 
@@ -51,6 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "head_size": 128,
     "group": 4,
     "block_size": 16,
+    "layout": "csr",
     "features": False,
 }
 
@@ -74,6 +75,7 @@ def builds(
     head_size: int = 128,
     group: int = 4,
     block_size: int = 16,
+    layout: str = "csr",
     features: bool = False,
 ) -> Iterator[Build]:
     """Yield every kernel for one shape, with the tiles that `TritonPagedAttention` would use on ``target``.
@@ -91,7 +93,7 @@ def builds(
     parts = dict.fromkeys(("parts", "part_sums"), "*fp32")
     sizes = {"NUM_KV_HEADS": 8, "BLOCK_SIZE": block_size, "SIZE": head_size}
     common: dict[str, Any] = {
-        "block_of": tables.csr,
+        "block_of": getattr(tables, layout.replace("-", "_")),
         "SCALE": head_size**-0.5,
         "WINDOW": 4096 if features else 0,
         "SOFT_CAP": 50.0 if features else 0.0,
@@ -212,7 +214,9 @@ def compile_kernel(build: Build, target: str) -> dict[str, Any]:
         if kind.startswith("*") or name.endswith("_stride")
     }
     source = ASTSource(build.function, signature=signature, constexprs=build.constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target][:3]), options=build.options)
+    compiled = triton.compile(
+        source, target=GPUTarget(*TARGETS[target][:3]), options={**build.options, **FUSED}
+    )
     usage = _nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd(compiled.asm["amdgcn"])
     return {**usage, "shared": int(compiled.metadata.shared)}
 

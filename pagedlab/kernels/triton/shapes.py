@@ -14,6 +14,8 @@ import triton
 
 MOST_CHANNELS = 256
 """Largest head that is served; beyond it nothing fits into shared memory and registers."""
+FUSED = {"enable_fp_fusion": True}
+"""Multiply and add in one, said aloud: Triton's default changes between versions, and with it the bits of results."""
 LEAST_ROWS = 16
 """A matrix unit takes 16 rows; a smaller group is padded."""
 
@@ -60,15 +62,15 @@ class Shape:
             decode_tile=decode_tile,
             prefill_rows=prefill_rows,
             prefill_tile=prefill_tile,
-            decode_options={"num_warps": decode_warps, "num_stages": 2},
-            prefill_options={"num_warps": prefill_warps, "num_stages": 2},
+            decode_options={"num_warps": decode_warps, "num_stages": 2, **FUSED},
+            prefill_options={"num_warps": prefill_warps, "num_stages": 2, **FUSED},
         )
 
 
 def _cut(rows: int, widest: int, exact: bool, quantised: bool) -> tuple[int, int]:
     """Return keys a tile, and warps."""
     if exact:
-        return 32 if rows <= 32 and widest <= 128 else 16, 8
+        return 32 if widest <= 64 or (rows <= 16 and widest <= 128) else 16, 8
     tile = 64 if widest <= 64 or (rows <= 32 and widest <= 128) else 32
     if quantised and rows > 32 and widest > 128:
         tile = 16

@@ -94,9 +94,10 @@ class Returning(Grouped):
         self._capacity = capacity
         self._random = Random(self.seed)
         self._stored = 0
-        self._seen: list[Block] = []
-        """All blocks there are, to draw from."""
-        self._known: set[Block] = set()
+        self._cached: list[Block] = []
+        """To draw from, in use or not."""
+        self._index: dict[Block, int] = {}
+        """Where a block is among them."""
         self._weights = [0.0] * len(FEATURES)
         self._weights[_IDLE] = -0.1
         self._class_weights = [0.0] * _CLASSES
@@ -128,7 +129,7 @@ class Returning(Grouped):
         self._class_weights[kind.request_class] += step
 
     def worth(self, group: Kind, block: Block) -> Score:
-        return self._logit(group, _seconds(self.view.now - block.last_released)), block.last_released
+        return self._logit(group, _seconds(self._now - block.last_released)), block.last_released
 
     def group(self, block: Block) -> Kind:
         session = None if block.session is None else self._sessions.get(block.session)
@@ -170,9 +171,8 @@ class Returning(Grouped):
             self._sessions.move_to_end(name)
 
     def _draw(self, stored: Block) -> None:
-        if len(self._seen) < self._capacity and stored not in self._known:
-            self._known.add(stored)
-            self._seen.append(stored)
+        self._index[stored] = len(self._cached)
+        self._cached.append(stored)
         self._stored += 1
         while self._open:
             key = next(iter(self._open))
@@ -180,7 +180,7 @@ class Returning(Grouped):
                 break
             self._learn(self._open.pop(key), False)
         if self._stored % self.every == 0:
-            block = self._seen[self._random.randrange(len(self._seen))]
+            block = self._cached[self._random.randrange(len(self._cached))]
             if block in self._released and block.key not in self._open:
                 idle = _seconds(self.view.now - block.last_released)
                 self._open[block.key] = Example(self.group(block), idle, self._stored)
@@ -190,6 +190,14 @@ class Returning(Grouped):
         if session is not None and session.tip == block.key:
             session.ended = self.view.now
         super().release(block)
+
+    def remove(self, block: Block) -> None:
+        super().remove(block)
+        at = self._index.pop(block)
+        last = self._cached.pop()
+        if last is not block:
+            self._cached[at] = last
+            self._index[last] = at
 
     def hit(self, block: Block) -> None:
         self._asked_for(block.key)
