@@ -532,6 +532,7 @@ def test_compiled_for_gpus_that_are_not_here(target):
     for row in rows:
         assert 0 < row["registers"] <= 512, row
         assert row["stack"] == row["spills"] == 0, row
+        assert row["shared"] <= row["shared_limit"], row
 
 
 def test_an_interpreted_process_does_not_compile():

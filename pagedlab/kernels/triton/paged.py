@@ -36,12 +36,12 @@ from pagedlab.kernels.triton.formats import (
 from pagedlab.kernels.triton.moves import move_blocks, on
 from pagedlab.kernels.triton.prefill import prefill_tiles
 from pagedlab.kernels.triton.quantised import store_quantised
-from pagedlab.kernels.triton.shapes import FUSED, MOST_CHANNELS, Shape, round_up
+from pagedlab.kernels.triton.shapes import FUSED, MOST_CHANNELS, WRITING, Shape, round_up
 from pagedlab.policies.layout import Layout
 
 MOST_SPLITS = 64
 """Pieces of a context at most, where they are cut to fill the GPU: joining them is serial."""
-PROGRAMS_PER_PROCESSOR = 2
+PROGRAMS_PER_PROCESSOR = 4
 """Programs of `decode` that are wanted on each multiprocessor before contexts are cut into more pieces."""
 INTERPRETED_PROCESSORS = 4
 OPERANDS = {
@@ -151,7 +151,7 @@ class TritonPagedAttention:
                 BLOCK_SIZE=cache.shape[2],
                 SIZE=size,
                 PADDED=triton.next_power_of_2(size),
-                **FUSED,
+                **WRITING,
             )
 
     def _write_quantised(self, cache: torch.Tensor, new: torch.Tensor, block_size: int, plan: _Plan) -> None:
@@ -231,7 +231,7 @@ class TritonPagedAttention:
                 ROTARY=2 * cos.shape[-1],
                 INTERLEAVED=interleaved,
                 REAL=_real(key.dtype),
-                **FUSED,
+                **WRITING,
             )
 
     def attend(

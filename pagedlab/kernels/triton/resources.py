@@ -24,23 +24,27 @@ from pagedlab.errors import ConfigError, nearest
 from pagedlab.kernels.triton import blocks, cache_write, decode, prefill, quantised, tables
 from pagedlab.kernels.triton.formats import FORMATS, QUANTISED_CHUNK, TAIL
 from pagedlab.kernels.triton.moves import CHUNK
-from pagedlab.kernels.triton.shapes import FUSED, Shape
+from pagedlab.kernels.triton.shapes import FUSED, WRITING, Shape
 from pagedlab.policies.kernel import interpreted
 
 
 class Target(NamedTuple):
-    """A GPU to compile for; ``fp8`` is its form of fp8, a key of `formats.FORMATS`."""
+    """A GPU to compile for.
+
+    ``fp8`` is its form of fp8, a key of `formats.FORMATS`, ``shared`` the bytes of shared memory a program may have.
+    """
 
     backend: str
     architecture: int | str
     warp_size: int
     fp8: str
+    shared: int
 
 
 TARGETS = {
-    "sm_80": Target("cuda", 80, 32, "E4M3_BITS"),
-    "sm_90": Target("cuda", 90, 32, "E4M3"),
-    "gfx942": Target("hip", "gfx942", 64, "E4M3_FNUZ"),
+    "sm_80": Target("cuda", 80, 32, "E4M3_BITS", 163 * 1024),
+    "sm_90": Target("cuda", 90, 32, "E4M3", 227 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, "E4M3_FNUZ", 64 * 1024),
 }
 """A100, H100 and H200, MI300."""
 DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
@@ -164,7 +168,7 @@ def builds(
         cache_write.store_tokens,
         {"cache": cached, "new": cached, "slots": "*i64"},
         {**sizes, "PADDED": padded},
-        {},
+        WRITING,
     )
     yield Build(
         "write-rotated",
@@ -182,7 +186,7 @@ def builds(
             "INTERLEAVED": False,
             "REAL": real,
         },
-        {},
+        WRITING,
     )
     yield Build(
         "move-blocks",
@@ -198,7 +202,7 @@ def builds(
 
 
 def compile_kernel(build: Build, target: str) -> dict[str, Any]:
-    """Compile for ``target`` and return ``registers`` a thread, ``stack`` bytes, ``spills`` and ``shared`` bytes.
+    """Compile for ``target`` and return ``registers`` a thread, ``stack`` bytes, ``spills``, ``shared`` bytes and their limit.
 
     ``spills`` counts spilled registers where the assembler says so (AMD) and bytes of local memory elsewhere.
     """
@@ -218,7 +222,7 @@ def compile_kernel(build: Build, target: str) -> dict[str, Any]:
         source, target=GPUTarget(*TARGETS[target][:3]), options={**build.options, **FUSED}
     )
     usage = _nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd(compiled.asm["amdgcn"])
-    return {**usage, "shared": int(compiled.metadata.shared)}
+    return {**usage, "shared": int(compiled.metadata.shared), "shared_limit": TARGETS[target].shared}
 
 
 def compile_kernels(

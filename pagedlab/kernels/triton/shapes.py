@@ -16,6 +16,8 @@ MOST_CHANNELS = 256
 """Largest head that is served; beyond it nothing fits into shared memory and registers."""
 FUSED = {"enable_fp_fusion": True}
 """Multiply and add in one, said aloud: Triton's default changes between versions, and with it the bits of results."""
+WRITING = {"num_warps": 1, **FUSED}
+"""For one token and head, a program of `cache_write` needs no more threads."""
 LEAST_ROWS = 16
 """A matrix unit takes 16 rows; a smaller group is padded."""
 
