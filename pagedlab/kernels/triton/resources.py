@@ -202,7 +202,7 @@ def builds(
 
 
 def compile_kernel(build: Build, target: str) -> dict[str, Any]:
-    """Compile for ``target`` and return ``registers`` a thread, ``stack`` bytes, ``spills``, ``shared`` bytes and their limit.
+    """Compile for ``target``; return ``registers`` a thread, ``stack``, ``spills``, ``shared`` and ``shared_limit``.
 
     ``spills`` counts spilled registers where the assembler says so (AMD) and bytes of local memory elsewhere.
     """
