@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -62,6 +63,8 @@ class Config:
     """``"tiny"``, a local folder, or a hub name."""
     dtype: str = "auto"
     """Type of weights and cache; ``"auto"`` takes the model's own."""
+    device: str = "cpu"
+    """Where model and cache lie in a run: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``."""
 
     allocator: str | Policy = "free-list"
     reservation: str | Policy = "on-demand"
@@ -135,6 +138,8 @@ class Config:
             raise ConfigError(
                 f"dtype {self.dtype!r} is unknown; known: {', '.join(DTYPES)}{nearest(str(self.dtype), DTYPES)}"
             )
+        if not isinstance(self.device, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device {self.device!r} is unknown; allowed: cpu, cuda, cuda:0, cuda:1, ...")
         if (
             isinstance(self.watermark, bool)
             or not isinstance(self.watermark, int | float)

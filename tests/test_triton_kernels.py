@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from test_kernels import Case, error
 from test_model_executor import build, executor_for, prompts, serve
 
+import pagedlab as pl
 import pagedlab.kernels.layouts as layouts
 from pagedlab.engine.orders import DEVICE as DEVICE_TIER
 from pagedlab.engine.orders import HOST as HOST_TIER
@@ -508,6 +509,26 @@ def test_an_executor_moves_blocks_with_the_kernel():
         assert [float(block.max()) for block in cache] == [0, 2, 1, 3, 4, 1, 6, 7]
     for cache in executor._tiers[HOST_TIER]:
         assert [float(block.max()) for block in cache] == [2, 11, 12, 1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_device_that_is_not_here_is_refused_by_name():
+    with pytest.raises(ConfigError, match="no device 'cuda:1' here: torch sees 0 GPUs"):
+        pl.run(pl.Config(device="cuda:1"), ["import"], max_tokens=1)
+
+
+def test_a_run_short_of_memory_says_the_same(tiny):
+    """By name through the whole engine, with preemption by swapping; the run says which kernel it was."""
+    config = pl.Config(
+        model="tiny", dtype="float32", num_blocks=9, block_size=4, preemption="swap", device=str(DEVICE)
+    )
+    texts = ["def f(x):\n    return", "def f(x):\n    return y", "import os"]
+    runs = [
+        pl.run(config.replace(kernel=kernel), texts, max_tokens=8) for kernel in ("dense", "triton-paged")
+    ]
+    assert runs[0].outputs == runs[1].outputs
+    assert runs[1].summary()["kernel"] == "triton-paged"
+    assert runs[1].summary()["preemptions"] > 0
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])

@@ -117,12 +117,18 @@ def load_model(
     if model.device.type == "meta" or any(p.device.type == "meta" for p in model.parameters()):
         raise ModelNotServed(f"{name} has weights that are not loaded (meta device)")
     if device is not None:
-        _to(model, torch.device(device))
+        _to(model, _present(torch.device(device)))
     if wanted is not None and model.dtype != wanted:
         _to(model, wanted)
     if model.dtype not in DTYPES.values():
         raise ModelNotServed(f"{name} has weights of {model.dtype}; allowed: {', '.join(DTYPES)}")
     return prove(model, name, tokenizer)
+
+
+def _present(device: torch.device) -> torch.device:
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"no device '{device}' here: torch sees {torch.cuda.device_count()} GPUs")
+    return device
 
 
 def _to(model: torch.nn.Module, where: torch.device | torch.dtype) -> None:

@@ -15,7 +15,7 @@ from pagedlab.policies.layout import Layout
 if TYPE_CHECKING:
     from pagedlab.executors.model import ModelExecutor
 
-ModelKey = tuple[str, str, int]
+ModelKey = tuple[str, str, str, int]
 """Model, dtype, and for a folder the time of its last change."""
 
 
@@ -75,6 +75,7 @@ class ModelShelf:
                 layout=layout.clone(),
                 kernel=kernel.clone(),
                 dtype=None if config.dtype == "auto" else config.dtype,
+                device=config.device,
                 num_threads=config.num_threads,
                 tokenizer=tokenizer,
                 fast=fast,
@@ -100,9 +101,9 @@ class ModelShelf:
 def _key(config: Config) -> ModelKey:
     folder = Path(config.model).expanduser()
     if config.model == "tiny" or not folder.is_dir():
-        return config.model, config.dtype, 0
+        return config.model, config.dtype, config.device, 0
     changed = max((f.stat().st_mtime_ns for f in folder.iterdir()), default=0)
-    return str(folder.resolve()), config.dtype, changed
+    return str(folder.resolve()), config.dtype, config.device, changed
 
 
 SHELF = ModelShelf()

@@ -80,6 +80,7 @@ def configs(draw: st.DrawFn, /, **fixed: Any) -> Config:
         prefetch_budget=draw(st.integers(1, 1000)),
         seed=draw(st.integers(0, 2**63 - 1)),
         num_threads=draw(st.none() | st.integers(1, 64)),
+        device=draw(st.sampled_from(("cpu", "cuda", "cuda:1"))),
     )
     return Config(**{**values, **fixed})
 

@@ -308,7 +308,8 @@ class ConfigForm(ipw.VBox):
         name = change["new"]
         if name != CUSTOM:
             keep = {
-                k: getattr(self._base, k) for k in ("model", "dtype", "max_model_len", "seed", "num_threads")
+                k: getattr(self._base, k)
+                for k in ("model", "dtype", "device", "max_model_len", "seed", "num_threads")
             }
             keep |= {k: self._sizes[k].value for k in SIZES if k != "host_blocks"}
             self._load(Config(**keep) if name == DEFAULT else Config.preset(name, **keep))
