@@ -152,6 +152,14 @@ def test_many_splits_and_few():
     assert error(attend(case, batch_invariant=True, split_tokens=64), case.expected()) < 1e-5
 
 
+@pytest.mark.parametrize("sliding_window", [1, 9, 64, 65])
+def test_windows(sliding_window):
+    """Within a tile of queries each row has its own first key."""
+    for lengths in ([(30, 60), (5, 40), (1, 64)], [(1, 100), (1, 65), (1, 64), (1, 5)]):
+        case = Case(lengths, block_size=7, sliding_window=sliding_window)
+        assert error(attend(case), case.expected()) < 1e-5
+
+
 def test_sequences_without_a_token():
     case = Case([(1, 5), (0, 0), (1, 9), (0, 7)])
     assert error(attend(case), case.expected()) < 1e-5
