@@ -21,7 +21,8 @@ from pagedlab.policies.kernel import Kernel
 from pagedlab.policies.layout import Layout
 from pagedlab.policies.lookup import ChainedHash, Lookup, RadixTree
 from pagedlab.policies.preemption import Preemption, Recompute, SwapOut
-from pagedlab.policies.prefetch import Prefetch, QueueLookahead
+from pagedlab.policies.prefetch import Load, Prefetch, QueueLookahead
+from pagedlab.policies.prefetchers import chains, oracle, sessions
 from pagedlab.policies.reservation import Reservation
 from pagedlab.policies.scheduler import ChunkedPrefill, IterationLevel, Scheduler, StaticBatch
 from pagedlab.policies.shelf import costs, learned, lookahead, prefix_tree, timed
@@ -40,6 +41,7 @@ __all__ = [
     "IterationLevel",
     "Kernel",
     "Layout",
+    "Load",
     "Lookup",
     "Policy",
     "Preemption",
@@ -54,6 +56,7 @@ __all__ = [
     "SwapOut",
     "allocator",
     "bounds",
+    "chains",
     "costs",
     "eviction",
     "kernel",
@@ -61,12 +64,14 @@ __all__ = [
     "learned",
     "lookahead",
     "lookup",
+    "oracle",
     "param",
     "preemption",
     "prefetch",
     "prefix_tree",
     "reservation",
     "scheduler",
+    "sessions",
     "swap",
     "timed",
 ]
