@@ -20,8 +20,10 @@ class Prefetched:
     def __len__(self) -> int:
         return len(self._open)
 
-    def __contains__(self, block: Block) -> bool:
-        return block in self._open
+    @property
+    def unused(self) -> dict[Block, None]:
+        """Those blocks."""
+        return dict.fromkeys(self._open)
 
     def begin(self, block: Block, displaced: int | None) -> None:
         """``block`` was brought up, to where content ``displaced`` had been (None: the block was free)."""

@@ -215,6 +215,14 @@ class Engine(Seats):
             if self.cache.moves:
                 self._carry_out_moves()
 
+    @property
+    def prefetched(self) -> dict[str, int]:
+        """Prefetched blocks by what became of them; once all work is done, what nobody has used was useless."""
+        counts = dict(self.totals.prefetch)
+        if not self.has_work:
+            counts["useless"] += len(self.cache.prefetched)
+        return counts
+
     def clear_cache(self) -> None:
         """Forget every cached prefix."""
         self.cache.clear()

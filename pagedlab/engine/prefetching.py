@@ -10,6 +10,7 @@ it before waits. Elsewhere the executor carries it out with the step that orders
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ReadOnly
 from heapq import heappop, heappush
@@ -18,18 +19,20 @@ from typing import TYPE_CHECKING
 
 from pagedlab import events as ev
 from pagedlab.cache.kv_cache import KVCache
-from pagedlab.engine.clock import to_seconds
+from pagedlab.engine.clock import PS_PER_SECOND, to_seconds
 from pagedlab.engine.link import Link
 from pagedlab.engine.sequence import Group, Sequence, Status
 from pagedlab.errors import PolicyError
 from pagedlab.policies.block import DEVICE, HOST, Block
+from pagedlab.policies.lookup import Prefix
 from pagedlab.policies.prefetch import ENDS, Arrival, Fate, Load, Prefetch, Waiting
 
 if TYPE_CHECKING:
     from pagedlab.cache.moves import Move
     from pagedlab.engine.records import Totals
 
-PS_PER_SECOND = 1_000_000_000_000
+_PAST = 1024
+"""Finished sequences whose hashes are kept for prefetchers that look at them."""
 
 
 class Prefetching:
@@ -46,6 +49,7 @@ class Prefetching:
         self._ordered = 0
         """Moves at the end of the cache's list that nobody waits for."""
         self._late: list[Block] = []
+        self._residency = CacheResidency(cache)
 
     # ---- what it is told ---------------------------------------------------------------------------------------
 
@@ -105,30 +109,34 @@ class Prefetching:
     def ask(self, waiting: ReadOnly[Sequence], now: int) -> None:
         """Ask for a plan and order what there is room for."""
         room = self._budget - (0 if self.link is None else self.link.under_way(now))
-        residency = CacheResidency(self._cache)
+        residency = self._residency
+        residency.shown = self._cache.prefetched.unused
         loads = self.policy.plan(waiting, residency, room)
         self._stirred = False
         self._asked_at = now
         before, loaded = len(self._cache.moves), []
         for load in loads[:room]:
-            block = self._load(load, residency)
+            block = self._load(load, residency.shown)
             if block is not None:
-                residency.shown[block] = None
                 loaded.append(block)
+            elif load.evict and not self._cache.device.has_room(1, residency.shown):
+                break
         self._cut = len(loads) > room and (bool(loaded) or not room)
         self._ordered = len(self._cache.moves) - before
         if self.link is not None and loaded:
             self.link.send(loaded, now)
 
-    def _load(self, load: Load, residency: CacheResidency) -> Block | None:
+    def _load(self, load: Load, kept: dict[Block, None]) -> Block | None:
         if not isinstance(load, Load) or not isinstance(load.block, Block) or load.to_tier != DEVICE:
             raise PolicyError(
                 f"prefetch {type(self.policy).__name__} planned {load!r}; a plan is a list of Load(block), each of a "
                 "block in the host tier to be brought to the device"
             )
-        block = self._cache.prefetch(load.block, evict=load.evict, protected=residency.shown)
+        block = self._cache.prefetch(load.block, evict=load.evict, protected=kept)
         if block is None:
             self.hear(load.block, "refused")
+        else:
+            kept[block] = None
         return block
 
     # ---- what it costs -----------------------------------------------------------------------------------------
@@ -160,8 +168,9 @@ class CacheResidency:
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
+        self._past: OrderedDict[Prefix, None] = OrderedDict()
         self.shown: dict[Block, None] = {}
-        """Device blocks that have been answers."""
+        """Device blocks that have been answers, and others that are not to be given up for this plan."""
 
     def prefix(self, sequence: Waiting) -> list[Block]:
         """Return the cached blocks of the sequence's prefix, each in its highest tier."""
@@ -169,9 +178,16 @@ class CacheResidency:
         prefix = sequence.table.prefix
         blocks = self._cache.match(prefix, len(sequence.tokens) - 1).blocks
         if sequence.status is Status.FINISHED:
-            prefix.forget()
+            self._remember(prefix)
         self.shown.update((b, None) for b in blocks if b.tier == DEVICE)
         return list(blocks)
+
+    def _remember(self, prefix: Prefix) -> None:
+        """Who looks at a finished sequence often looks again; its hashes are kept for a while."""
+        self._past[prefix] = None
+        self._past.move_to_end(prefix)
+        if len(self._past) > _PAST:
+            self._past.popitem(last=False)[0].forget()
 
     def below(self, sequence: Waiting) -> list[Block]:
         """Return those of `prefix` that lie in a lower tier."""

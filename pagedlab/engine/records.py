@@ -5,12 +5,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from pagedlab.cache.accounting import Memory
 from pagedlab.cache.moves import Move
 from pagedlab.policies.block import HOST
-from pagedlab.policies.prefetch import Fate
+from pagedlab.policies.prefetch import FATES
 
 
 class Moved(NamedTuple):
@@ -123,5 +123,5 @@ class Totals:
     swapped_out: int = 0
     """Sequences preempted by swapping, not blocks: those are in `moved`."""
     moved: Moved = field(default_factory=Moved)
-    prefetch: dict[str, int] = field(default_factory=lambda: dict.fromkeys(get_args(Fate), 0))
+    prefetch: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0))
     """Blocks by what became of their loads, see `pagedlab.policies.prefetch`."""

@@ -8,8 +8,9 @@ The engine tells of what happens, asks for a plan, and says what became of it::
 `plan` is asked after scheduling, in a step in which requests wait, after something that was told of, and when the time
 has come that `wake_at` named, also while nothing runs. Between such steps nothing is asked, so a simulation may leap.
 A plan is a list of `Load`s in order of worth. The engine carries out the first ``link_budget`` of them, as far as
-there are free blocks, or, where a load says so, cached ones that the eviction policy gives up; what ``residency``
-showed for this plan is not given up for it. If the budget cut some off, the engine asks again once the link has room.
+there are free blocks, or, where a load says so, cached ones that the eviction policy gives up: but not what
+``residency`` showed for this plan, nor what was brought up and not used yet. Where there is no room even so, it stops.
+If the budget cut some off, the engine asks again once the link has room.
 
 Each load that is carried out (``"done"``) has one end:
 
@@ -22,8 +23,8 @@ Each load that is carried out (``"done"``) has one end:
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Literal, NamedTuple, Protocol, get_args
 
 from pagedlab.policies.base import Policy, param
 from pagedlab.policies.block import DEVICE, Block, Origin
@@ -31,6 +32,7 @@ from pagedlab.policies.view import NOTHING_KNOWN, View
 from pagedlab.registry import register
 
 Fate = Literal["done", "refused", "useful", "late", "harmful", "useless"]
+FATES: tuple[Fate, ...] = get_args(Fate)
 ENDS: tuple[Fate, ...] = ("useful", "late", "harmful", "useless")
 """How a load that was carried out ends, in the end."""
 
@@ -142,6 +144,18 @@ class Prefetch(Policy):
         """Hear what became of a load: refused for want of room, or carried out, and then how it ended."""
 
 
+def loads_of(sequences: Iterable[Waiting], residency: Residency, evict: bool) -> list[Load]:
+    """Return the loads that bring the sequences' prefixes up, in their order.
+
+    All of them are looked at, so that what lies on the device of one is not given up for another.
+    """
+    found: dict[int, Load] = {}
+    for sequence in sequences:
+        for block in residency.below(sequence):
+            found.setdefault(block.serial, Load(block, evict=evict))
+    return list(found.values())
+
+
 @register("prefetch", "none")
 class NoPrefetch(Prefetch):
     """Bring nothing up before it is asked for."""
@@ -164,10 +178,4 @@ class QueueLookahead(Prefetch):
     evict: bool = param(True, help="take the place of cached blocks when none is free")
 
     def plan(self, waiting: Sequence[Waiting], residency: Residency, link_budget: int) -> list[Load]:
-        found: dict[int, Load] = {}
-        for sequence in waiting[: self.depth]:
-            for block in residency.below(sequence):
-                found.setdefault(block.serial, Load(block, evict=self.evict))
-            if len(found) > link_budget:
-                break
-        return list(found.values())
+        return loads_of(waiting[: self.depth], residency, self.evict)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from pagedlab.errors import ConfigError
 from pagedlab.policies.base import param
-from pagedlab.policies.prefetch import Future, Load, Prefetch, Residency, Waiting
+from pagedlab.policies.prefetch import Future, Load, Prefetch, Residency, Waiting, loads_of
 from pagedlab.registry import register
 
 
@@ -37,8 +37,4 @@ class Oracle(Prefetch):
     def plan(self, waiting: Sequence[Waiting], residency: Residency, link_budget: int) -> list[Load]:
         coming = (arrival.sequence for arrival in self._future.coming(self.depth))
         wanted = [*islice(waiting, self.depth), *coming][: self.depth]
-        found: dict[int, Load] = {}
-        for below in [residency.below(sequence) for sequence in wanted]:
-            for block in below:
-                found.setdefault(block.serial, Load(block, evict=self.evict))
-        return list(found.values())
+        return loads_of(wanted, residency, self.evict)

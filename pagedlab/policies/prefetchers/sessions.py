@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from math import log
 from typing import NamedTuple
 
 from pagedlab.policies.base import param
-from pagedlab.policies.prefetch import Load, Prefetch, Residency, Waiting
+from pagedlab.policies.prefetch import Load, Prefetch, Residency, Waiting, loads_of
 from pagedlab.registry import register
-
-
-def loads_of(
-    sequences: Iterable[Waiting], residency: Residency, link_budget: int, evict: bool
-) -> dict[Waiting, list[Load]]:
-    """Return, sequence by sequence, the loads that bring their prefixes up, a little more than the budget allows."""
-    plans: dict[Waiting, list[Load]] = {}
-    planned: set[int] = set()
-    for sequence in sequences:
-        if len(planned) > link_budget:
-            break
-        below = [b for b in residency.below(sequence) if b.serial not in planned]
-        planned.update(b.serial for b in below)
-        plans[sequence] = [Load(b, evict=evict) for b in below]
-    return plans
 
 
 class Mean:
@@ -56,9 +41,10 @@ class ThinkTime(Prefetch):
 
     Think time is the time from the end of an answer to the session's next arrival. Its mean is estimated per session
     and over all, exponentially weighted; a session's own counts ``n / (n + 2)`` after n turns. Taken as exponentially
-    distributed, ``quantile`` of the turns come before ``-ln(1 - quantile) · mean``: then the blocks are loaded, in the
-    order in which they fall due. A session that stays away for ``patience`` means is given up. Nothing is predicted
-    before the first think time of any session was seen. O(log sessions) an event, O(blocks of due sessions) a plan.
+    distributed, ``quantile`` of the turns come before ``-ln(1 - quantile) · mean``: from then on the session's blocks
+    are kept up, the session that fell due first before the others, until it comes, or has stayed away for
+    ``patience`` means. They never take the place of another session's that is still waited for. Nothing is predicted
+    before the first think time of any session was seen. O(log sessions) an event, O(blocks of sessions) a plan.
 
     The idea of loading a conversation before its next turn is CachedAttention's (Gao et al., USENIX ATC 2024), which
     waits for the request to be queued.
@@ -68,7 +54,7 @@ class ThinkTime(Prefetch):
         0.1, low=0.0, high=0.99, help="share of the turns that may come before their blocks"
     )
     smoothing: float = param(0.2, low=0.01, high=1.0, help="weight of a new think time in the running means")
-    patience: float = param(5.0, low=0.0, high=1e6, unit="means", help="how long to wait for a session")
+    patience: float = param(3.0, low=0.0, high=1e6, unit="means", help="how long to wait for a session")
     capacity: int = param(4096, low=1, unit="sessions", help="sessions remembered")
     evict: bool = param(True, help="take the place of cached blocks when none is free")
 
@@ -79,7 +65,7 @@ class ThinkTime(Prefetch):
         self._order: list[tuple[float, str]] = []
         """A heap of when sessions fall due; an entry counts if the pause still says so."""
         self._due: dict[str, Pause] = {}
-        """Sessions whose time has come and whose blocks are not all up."""
+        """Sessions whose time has come."""
 
     def arrived(self, sequence: Waiting) -> None:
         session = sequence.session
@@ -131,14 +117,15 @@ class ThinkTime(Prefetch):
             if pause is not None and pause.due == due:
                 self._due[session] = pause
         for session, pause in list(self._due.items()):
-            if now - pause.since > max(self.patience * self.expected(session), pause.due - pause.since):
+            if now - pause.since > self.patience * self.expected(session) and now > pause.due:
                 del self._due[session], self._pauses[session]
-        owners = {pause.sequence: session for session, pause in self._due.items()}
-        plans = loads_of(owners, residency, link_budget, self.evict)
-        for sequence, loads in plans.items():
-            if not loads:
-                del self._due[owners[sequence]]
-        return [load for loads in plans.values() for load in loads]
+        found = loads_of((pause.sequence for pause in self._due.values()), residency, self.evict)
+        if found and self.evict:
+            # Those who are not due yet will come all the same: nothing of theirs is given up.
+            for session, pause in self._pauses.items():
+                if session not in self._due:
+                    residency.prefix(pause.sequence)
+        return found
 
     def wake_at(self) -> float | None:
         order = self._order
@@ -213,5 +200,4 @@ class AgentStep(Prefetch):
             ),
             key=lambda entry: entry[:2],
         )
-        plans = loads_of((entry[2] for entry in nearest), residency, link_budget, self.evict)
-        return [load for loads in plans.values() for load in loads]
+        return loads_of((entry[2] for entry in nearest), residency, self.evict)
