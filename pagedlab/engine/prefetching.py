@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 _PAST = 1024
 """Finished sequences whose hashes are kept for prefetchers that look at them."""
 
+_NEVER = 1e12
+"""Seconds after which nobody will be there."""
+
 
 class Prefetching:
     """The engine's dealings with a prefetcher that is switched on."""
@@ -46,6 +49,7 @@ class Prefetching:
         self._stirred = False
         self._cut = False
         self._asked_at = -1
+        self._wake: int | None = None
         self._ordered = 0
         """Moves at the end of the cache's list that nobody waits for."""
         self._late: list[Block] = []
@@ -55,18 +59,22 @@ class Prefetching:
 
     def arrived(self, seq: Sequence) -> None:
         """A request has joined the queue."""
-        self._stirred = True
         self.policy.arrived(seq)
+        self._stir()
 
     def used(self, seq: Sequence, num_blocks: int) -> None:
         """A sequence was admitted with its first ``num_blocks`` blocks found."""
-        self._stirred = True
         self.policy.used(seq, seq.table.blocks[:num_blocks])
+        self._stir()
 
     def finished(self, seq: Sequence) -> None:
         """A request has ended."""
-        self._stirred = True
         self.policy.finished(seq)
+        self._stir()
+
+    def _stir(self) -> None:
+        self._stirred = True
+        self._wake = self._read_wake()
 
     def hear(self, block: Block, fate: Fate) -> None:
         """A load was carried out or refused, or has ended."""
@@ -76,14 +84,13 @@ class Prefetching:
             if self.link.ready_at(block) is not None:
                 fate = "late"
                 self._late.append(block)
-        if fate in ("useful", "late"):
-            self._stirred = True
         if fate in ENDS:
             self._cache.events.record(
                 ev.PREFETCH_ENDED, blocks=(block.index,), keys=(block.key or 0,), detail=fate
             )
         self._totals.prefetch[fate] += 1
         self.policy.feedback(block, fate)
+        self._wake = self._read_wake()
 
     # ---- asking ------------------------------------------------------------------------------------------------
 
@@ -91,15 +98,25 @@ class Prefetching:
         """Return when it wants to be asked though nothing happens, in picoseconds; a time that has passed: at once."""
         if self._stirred:
             return self._asked_at
-        wake = self.policy.wake_at()
-        at = None if wake is None else _on_the_clock(wake)
-        if at is not None and at <= self._asked_at:
-            at = None
+        at = self._wake
         if self._cut:
             ready = None if self.link is None else self.link.next_ready
             room = self._asked_at if ready is None else ready
             return room if at is None else min(room, at)
         return at
+
+    def _read_wake(self) -> int | None:
+        wake = self.policy.wake_at()
+        if wake is None:
+            return None
+        if isinstance(wake, bool) or not isinstance(wake, int | float) or wake != wake:
+            raise PolicyError(
+                f"prefetch {type(self.policy).__name__} wants to be asked at {wake!r}; "
+                "wake_at() returns seconds or None"
+            )
+        if not to_seconds(self._asked_at) < wake < _NEVER:
+            return None
+        return _on_the_clock(wake)
 
     def is_due(self, now: int) -> bool:
         """Whether it is to be asked at ``now``, though no request waits."""
@@ -114,6 +131,7 @@ class Prefetching:
         loads = self.policy.plan(waiting, residency, room)
         self._stirred = False
         self._asked_at = now
+        self._wake = self._read_wake()
         before, loaded = len(self._cache.moves), []
         for load in loads[:room]:
             block = self._load(load, residency.shown)

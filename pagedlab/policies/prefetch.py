@@ -136,7 +136,7 @@ class Prefetch(Policy):
     def wake_at(self) -> float | None:
         """Return the time, in seconds, at which to be asked though nothing happens; None: never.
 
-        It may change only in the methods above. A time not after the last plan counts as None.
+        Read after each call of a method above or of `feedback`. A time that is not after the last plan counts as None.
         """
         return None
 
