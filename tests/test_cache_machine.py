@@ -418,7 +418,7 @@ class CacheMachine(RuleBasedStateMachine):
         pool = pick.choice(self.cache.pools)
         findable = [b for b in pool.blocks if b.key is not None]
         block = pick.choice(findable or pool.blocks)
-        evict = pick.random() < 0.5
+        evict = block.index % 2 == 0
         removals = [what for what, _ in self.spies[DEVICE].log].count("remove")
         free = self.cache.device.num_free
         orphans = sum(e.detail == "orphan" for e in self.cache.events)
