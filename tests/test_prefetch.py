@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from math import inf, log, nan
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -23,6 +24,8 @@ from pagedlab.engine.link import Link
 from pagedlab.engine.request import Hints, Request, SamplingParams
 from pagedlab.errors import ConfigError, PolicyError
 from pagedlab.executors.simulated import SimulatedExecutor
+from pagedlab.executors.stub import StubExecutor
+from pagedlab.lab.results import Run
 from pagedlab.policies.block import Block
 from pagedlab.policies.prefetch import ENDS, FATES, Load, Prefetch
 from pagedlab.policies.prefetchers.chains import Markov
@@ -574,6 +577,62 @@ def test_the_future_is_in_order_and_looking_leaves_it_alone() -> None:
     assert list(_in_order(heap)) == [1, 2, 3, 4, 5, 8, 9]  # type: ignore[arg-type]
     assert heap == [1, 3, 2, 9, 4, 8, 5]
     assert list(_in_order([])) == []
+
+
+# ---- what a run says of it ---------------------------------------------------------------------------------------
+
+
+def simulated_run(prefetch: Any, requests: list[Request], **options: Any) -> Run:
+    config = Config(num_blocks=5, block_size=SIZE, host_blocks=64, swap="host", prefetch=prefetch)
+    return pl.simulate(config, requests, cost=Seconds(), progress=False, **options)
+
+
+def test_a_run_tells_of_every_load(tmp_path: Path) -> None:
+    run = simulated_run(Bring(), [*PUSHED_OUT, ask("b again", "b5", 8), ask("last", "c1", 9)])
+    assert run.prefetch["time"].tolist() == [5.0, 5.0]
+    assert run.prefetch["fate"].tolist() == ["harmful", "harmful"]
+    assert run.prefetch["fate_time"].tolist() == [8.0, 8.0]
+    idle = simulated_run(Bring(), [*PUSHED_OUT, ask("last", "b1 d1", 9)])
+    assert idle.prefetch["fate"].tolist() == ["useless", "useless"]
+    assert idle.prefetch["fate_time"].isna().all()
+    for one in (run, idle):
+        summary = one.summary()
+        assert (
+            summary["prefetch_done"] == len(one.prefetch) == sum(summary[f"prefetch_{fate}"] for fate in ENDS)
+        )
+        for fate in ENDS:
+            assert summary[f"prefetch_{fate}"] == (one.prefetch["fate"] == fate).sum()
+    silent = simulated_run(Bring(), [*PUSHED_OUT, AGAIN], events=False)
+    assert silent.prefetch.empty
+    assert silent.summary()["prefetch_useful"] == 2
+    registered = simulated_run(ThinkTime(), turns([10.0, 10.0]))
+    loaded = pl.load_run(registered.save(tmp_path / "run"))
+    assert loaded.summary() == registered.summary()
+    assert loaded.prefetch.equals(registered.prefetch)
+
+
+def test_a_comparison_shows_how_loads_ended() -> None:
+    runs = {
+        "none": simulated_run("none", [*PUSHED_OUT, AGAIN]),
+        "mine": simulated_run(Bring(), [*PUSHED_OUT, AGAIN]),
+    }
+    comparison = pl.Comparison(runs, how="simulate")
+    frame = comparison.to_frame()
+    assert frame.prefetch_useful.tolist() == [0, 2]
+    headings, rows = comparison.table()
+    shown = dict(zip(headings, rows[1]))
+    assert (shown["prefetched"], shown["… useful"]) == ("2", "2")
+    assert "… harmful" not in headings
+    assert "2 blocks: 2 useful" in runs["mine"]._repr_html_()
+
+
+def test_a_run_in_real_time_wakes_the_prefetcher_while_nothing_runs() -> None:
+    """The engine does not sleep through it, and Ctrl-C would be heard: `drive` waits a little at a time."""
+    config = Config(num_blocks=5, block_size=SIZE, host_blocks=64, swap="host", prefetch=Bring(at=0.15))
+    requests = [ask("a", "a2", 0), ask("b", "b5", 0.05), ask("again", "a2 c1", 0.4)]
+    run = pl.run(config, requests, executor=StubExecutor(vocab_size=20_000), progress=False)
+    assert run.prefetch["fate"].tolist() == ["useful", "useful"]
+    assert ((run.prefetch["time"] >= 0.15) & (run.prefetch["time"] < 0.4)).all()
 
 
 # ---- laws --------------------------------------------------------------------------------------------------------
