@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from math import inf, log, nan
+from math import e, inf, nan
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -406,14 +406,14 @@ def turns(pauses: list[float], *, session: str = "s", gap: float = 2.0) -> list[
 
 
 def test_think_time_brings_a_session_up_before_its_next_turn() -> None:
-    """Ten seconds of thought each time: half of an exponential's turns would come in ln 2 times that."""
+    """Ten seconds of thought each time: the more often that was so, the less before it."""
     requests = turns([10.0, 10.0, 10.0])
     cost = Seconds(block=0.2)
     none = served("none", requests, num_blocks=6, cost=cost)
-    engine = served(ThinkTime(quantile=0.5), requests, num_blocks=6, cost=cost)
+    engine = served(ThinkTime(deviations=0.5), requests, num_blocks=6, cost=cost)
     answered = [engine.groups[f"s{i}"].sequences[0].finished_at / PS_PER_SECOND for i in range(4)]
     # Nothing is known until the second turn has come, and after the last nothing comes.
-    due = [round(answered[i] + 10 * log(2), 6) for i in (1, 2)]
+    due = [round(answered[i] + 10 - 0.5 * off, 6) for i, off in ((1, 20 / e), (2, 10 / e))]
     assert sorted({round(at, 6) for at in ups(engine)}) == due
     assert fates(engine) == {"done": 9, "useful": 4 + 5}, "what the third and the fourth turn find"
     assert ttft(engine, "s1") == ttft(none, "s1")
@@ -436,21 +436,21 @@ def test_think_times_are_estimated_by_session_and_over_all() -> None:
     policy.attach(clock)
 
     def turn(session: str, thought: float) -> None:
-        request = ask("r", "a1", 0, session=session)
-        sequence: Any = type("Turn", (), {"session": session, "origin": request.origin})()
+        sequence: Any = type("Turn", (), {"session": session})()
         policy.finished(sequence)
         clock.time += thought
         policy.arrived(sequence)
 
     turn("quick", 2.0)
-    assert policy.expected("anybody") == 2.0
+    assert policy.expected("anybody") == pytest.approx((2.0, 4 / e))
     turn("slow", 10.0)
-    assert policy.expected("anybody") == pytest.approx(6.0)
-    assert policy.expected("slow") == pytest.approx((1 * 10 + 2 * 6) / 3)
+    # The second of all, and off by 8 from what was expected then.
+    assert policy.expected("anybody") == pytest.approx((6.0, (4 / e + 8) / 2))
+    assert policy.expected("slow") == pytest.approx(((10 + 2 * 6) / 3, (20 / e + (4 / e + 8)) / 3))
     turn("slow", 20.0)
-    overall = 6 + 0.5 * (20 - 6)
-    assert policy.expected("quick") == pytest.approx((1 * 2 + 2 * overall) / 3)
-    assert policy.expected("slow") == pytest.approx((2 * 15 + 2 * overall) / 4)
+    mean, deviation = 6 + 0.5 * 14, ((4 / e + 8) / 2 + 14) / 2
+    assert policy.expected("quick") == pytest.approx(((2 + 2 * mean) / 3, (4 / e + 2 * deviation) / 3))
+    assert policy.expected("slow") == pytest.approx(((15 + mean) / 2, ((20 / e + 10) / 2 + deviation) / 2))
 
 
 def test_what_is_remembered_of_sessions_is_bounded() -> None:
@@ -462,7 +462,7 @@ def test_what_is_remembered_of_sessions_is_bounded() -> None:
             for turn in range(3)
         ]
         state = served(policy, requests).policies.prefetch
-        tables = ("_means", "_pauses", "_due") if name == "think-time" else ("_steps", "_turns")
+        tables = ("_own", "_pauses", "_due") if name == "think-time" else ("_steps", "_turns")
         for table in tables:
             assert len(getattr(state, table)) <= 5
         assert len(getattr(state, tables[0])) == 5
@@ -733,7 +733,7 @@ def crowd(seed: int, name: str) -> Scenario:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_laws_5_and_7_with_every_prefetcher(name: str) -> None:
-    @settings(max_examples=examples(0.4))
+    @settings(max_examples=examples(0.25))
     @given(with_host(name))
     def holds(scenario: Scenario) -> None:
         scenario = sociable(scenario)
@@ -743,7 +743,7 @@ def test_laws_5_and_7_with_every_prefetcher(name: str) -> None:
 
     holds()
     seen: Counter[str] = Counter()
-    for seed in range(9):
+    for seed in range(8):
         scenario = crowd(seed, name)
         engine = serve(scenario)
         says_the_truth(engine, scenario)
@@ -765,7 +765,7 @@ def test_law_6_with_every_prefetcher(name: str) -> None:
         closed(leapt)
         return leapt
 
-    @settings(max_examples=examples(0.4))
+    @settings(max_examples=examples(0.25))
     @given(
         with_host(name), st.booleans(), st.sampled_from((0.0, 0.3, 5.0)), st.sampled_from((1e-2, 1.0, 40.0))
     )
@@ -775,7 +775,7 @@ def test_law_6_with_every_prefetcher(name: str) -> None:
 
     holds()
     seen: Counter[str] = Counter()
-    for seed in range(9):
+    for seed in range(8):
         scenario = crowd(seed, name)
         longer = [
             replace(r, sampling=replace(r.sampling, max_tokens=7 * r.sampling.max_tokens))

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _PAST = 1024
 """Finished sequences whose hashes are kept for prefetchers that look at them."""
 
+_FRONT = 32
+"""Waiting sequences whose blocks no prefetch takes the place of."""
 _NEVER = 1e12
 """Seconds after which nobody will be there."""
 
@@ -132,30 +134,44 @@ class Prefetching:
         self._stirred = False
         self._asked_at = now
         self._wake = self._read_wake()
-        before, loaded = len(self._cache.moves), []
-        for load in loads[:room]:
-            block = self._load(load, residency.shown)
-            if block is not None:
-                loaded.append(block)
-            elif load.evict and not self._cache.device.has_room(1, residency.shown):
-                break
+        self._check(loads)
+        before = len(self._cache.moves)
+        loaded = self._order(loads[:room], waiting)
         self._cut = len(loads) > room and (bool(loaded) or not room)
         self._ordered = len(self._cache.moves) - before
         if self.link is not None and loaded:
             self.link.send(loaded, now)
 
-    def _load(self, load: Load, kept: dict[Block, None]) -> Block | None:
-        if not isinstance(load, Load) or not isinstance(load.block, Block) or load.to_tier != DEVICE:
-            raise PolicyError(
-                f"prefetch {type(self.policy).__name__} planned {load!r}; a plan is a list of Load(block), each of a "
-                "block in the host tier to be brought to the device"
-            )
-        block = self._cache.prefetch(load.block, evict=load.evict, protected=kept)
-        if block is None:
+    def _order(self, loads: list[Load], waiting: ReadOnly[Sequence]) -> list[Block]:
+        """Carry out ``loads`` until there is no room, and return the device blocks that they fill."""
+        cache, residency = self._cache, self._residency
+        loaded: list[Block] = []
+        looked = False
+        for load in loads:
+            if load.evict and not looked and not cache.device.num_free:
+                looked = True
+                for seq in waiting[:_FRONT]:
+                    residency.prefix(seq)
+            block = cache.prefetch(load.block, evict=load.evict, protected=residency.shown)
+            if block is not None:
+                residency.shown[block] = None
+                loaded.append(block)
+                continue
             self.hear(load.block, "refused")
-        else:
-            kept[block] = None
-        return block
+            if load.evict and not cache.device.has_room(1, residency.shown):
+                break
+        return loaded
+
+    def _check(self, loads: object) -> None:
+        odd = loads
+        if isinstance(loads, list):
+            odd = next((x for x in loads if not isinstance(x, Load) or x.to_tier != DEVICE), None)
+            if odd is None:
+                return
+        raise PolicyError(
+            f"prefetch {type(self.policy).__name__} planned {odd!r}; a plan is a list of Load(block), each of a "
+            "block in the host tier that is to come to the device"
+        )
 
     # ---- what it costs -----------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ The engine tells of what happens, asks for a plan, and says what became of it::
 has come that `wake_at` named, also while nothing runs. Between such steps nothing is asked, so a simulation may leap.
 A plan is a list of `Load`s in order of worth. The engine carries out the first ``link_budget`` of them, as far as
 there are free blocks, or, where a load says so, cached ones that the eviction policy gives up: but not what
-``residency`` showed for this plan, nor what was brought up and not used yet. Where there is no room even so, it stops.
-If the budget cut some off, the engine asks again once the link has room.
+``residency`` showed for this plan, nor what the front of the queue will find, nor what was brought up and not used yet.
+Where there is no room even so, it stops. If the budget cut some off, it asks again once the link has room.
 
 Each load that is carried out (``"done"``) has one end:
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
-from math import log
+from math import e, inf
 from typing import NamedTuple
 
 from pagedlab.policies.base import param
@@ -13,18 +13,27 @@ from pagedlab.policies.prefetch import Load, Prefetch, Residency, Waiting, loads
 from pagedlab.registry import register
 
 
-class Mean:
-    """A running mean in which old values fade."""
+class Pauses:
+    """Running mean and mean absolute deviation of think times, in seconds; old ones fade.
 
-    __slots__ = ("count", "value")
+    Of a single one nothing is known but its size: it is taken for exponential, whose deviation is 2 / e of the mean.
+    """
+
+    __slots__ = ("count", "deviation", "mean")
 
     def __init__(self) -> None:
-        self.count, self.value = 0, 0.0
+        self.count, self.mean, self.deviation = 0, 0.0, 0.0
 
-    def take(self, value: float, weight: float) -> None:
-        """Let ``value`` count for ``weight``, or as one among equals while there are fewer than 1 / weight."""
+    def take(self, seconds: float, weight: float) -> None:
+        """Let ``seconds`` count for ``weight``, or as one among equals while there are fewer than 1 / weight."""
         self.count += 1
-        self.value += max(weight, 1 / self.count) * (value - self.value)
+        error = seconds - self.mean
+        if self.count == 1:
+            self.mean, self.deviation = seconds, 2 / e * seconds
+            return
+        weight = max(weight, 1 / self.count)
+        self.mean += weight * error
+        self.deviation += weight * (abs(error) - self.deviation)
 
 
 class Pause(NamedTuple):
@@ -39,28 +48,30 @@ class Pause(NamedTuple):
 class ThinkTime(Prefetch):
     """Predict when a session's next turn comes, and load its blocks shortly before.
 
-    Think time is the time from the end of an answer to the session's next arrival. Its mean is estimated per session
-    and over all, exponentially weighted; a session's own counts ``n / (n + 2)`` after n turns. Taken as exponentially
-    distributed, ``quantile`` of the turns come before ``-ln(1 - quantile) · mean``: from then on the session's blocks
-    are kept up, the session that fell due first before the others, until it comes, or has stayed away for
-    ``patience`` means. They never take the place of another session's that is still waited for. Nothing is predicted
-    before the first think time of any session was seen. O(log sessions) an event, O(blocks of sessions) a plan.
+    Think time is the time from the end of an answer to the session's next arrival. Its mean and mean deviation are
+    estimated per session and over all; a session's own count ``n / (n + 2)`` after n turns. A session falls due
+    ``deviations`` mean deviations, and at least ``lead`` seconds, before the mean has passed: a regular one late, one
+    whose turns are hard to foresee soon. From then on its blocks are kept up, the session that fell due first before
+    the others, until it comes, or until ``patience`` mean deviations after the mean, when it is taken to have ended.
+    They do not take the place of a session's that falls due within its mean deviation. Nothing is predicted before the
+    first think time of any session was seen. O(log sessions) an event, O(blocks of sessions) a plan.
 
-    The idea of loading a conversation before its next turn is CachedAttention's (Gao et al., USENIX ATC 2024), which
-    waits for the request to be queued.
+    The estimate is that of round-trip times by Jacobson (SIGCOMM 1988). Loading a conversation from the host before its
+    turn is served is CachedAttention's (Gao et al., USENIX ATC 2024), which waits until the request is queued.
     """
 
-    quantile: float = param(
-        0.1, low=0.0, high=0.99, help="share of the turns that may come before their blocks"
+    deviations: float = param(1.25, low=0.0, high=100.0, help="how many mean deviations before the mean")
+    lead: float = param(0.5, low=0.0, high=1e6, unit="s", help="and how long before it at least")
+    smoothing: float = param(0.2, low=0.01, high=1.0, help="weight of a new think time in the estimates")
+    patience: float = param(
+        3.0, low=0.0, high=1e6, help="mean deviations after the mean to wait for a session"
     )
-    smoothing: float = param(0.2, low=0.01, high=1.0, help="weight of a new think time in the running means")
-    patience: float = param(3.0, low=0.0, high=1e6, unit="means", help="how long to wait for a session")
     capacity: int = param(4096, low=1, unit="sessions", help="sessions remembered")
     evict: bool = param(True, help="take the place of cached blocks when none is free")
 
     def reset(self) -> None:
-        self._overall = Mean()
-        self._means: OrderedDict[str, Mean] = OrderedDict()
+        self._overall = Pauses()
+        self._own: OrderedDict[str, Pauses] = OrderedDict()
         self._pauses: dict[str, Pause] = {}
         self._order: list[tuple[float, str]] = []
         """A heap of when sessions fall due; an entry counts if the pause still says so."""
@@ -69,69 +80,73 @@ class ThinkTime(Prefetch):
 
     def arrived(self, sequence: Waiting) -> None:
         session = sequence.session
-        self._due.pop(session or "", None)
-        pause = self._pauses.pop(session or "", None)
-        if session is None or pause is None:
+        if session is None or session not in self._pauses:
             return
-        thought = self.now - pause.since
+        thought = self.now - self._pauses.pop(session).since
+        self._due.pop(session, None)
         self._overall.take(thought, self.smoothing)
-        self._means.setdefault(session, Mean()).take(thought, self.smoothing)
-        self._means.move_to_end(session)
-        while len(self._means) > self.capacity:
-            self._means.popitem(last=False)
+        self._own.setdefault(session, Pauses()).take(thought, self.smoothing)
+        self._own.move_to_end(session)
+        if len(self._own) > self.capacity:
+            self._own.popitem(last=False)
 
     def finished(self, sequence: Waiting) -> None:
         session = sequence.session
-        if session is None or not self._overall.count:
-            if session is not None:
-                self._remember(session, Pause(self.now, float("inf"), sequence))
+        if session is None:
             return
-        due = self.now - log(1 - self.quantile) * self.expected(session)
-        self._remember(session, Pause(self.now, due, sequence))
-        heappush(self._order, (due, session))
+        self._drop(session)
+        due = inf
+        if self._overall.count:
+            mean, deviation = self.expected(session)
+            due = self.now + max(0.0, mean - max(self.deviations * deviation, self.lead))
+            heappush(self._order, (due, session))
+        self._pauses[session] = Pause(self.now, due, sequence)
+        if len(self._pauses) > self.capacity:
+            self._drop(next(iter(self._pauses)))
         if len(self._order) > 2 * len(self._pauses) + 64:
-            self._order = [(pause.due, s) for s, pause in self._pauses.items()]
+            self._order = [(pause.due, s) for s, pause in self._pauses.items() if pause.due < inf]
             heapify(self._order)
 
-    def _remember(self, session: str, pause: Pause) -> None:
+    def _drop(self, session: str) -> None:
         self._pauses.pop(session, None)
         self._due.pop(session, None)
-        self._pauses[session] = pause
-        if len(self._pauses) > self.capacity:
-            oldest = next(iter(self._pauses))
-            del self._pauses[oldest]
-            self._due.pop(oldest, None)
 
-    def expected(self, session: str) -> float:
-        """Return the mean think time to be expected of ``session``, in seconds."""
-        own = self._means.get(session)
+    def expected(self, session: str) -> tuple[float, float]:
+        """Return mean and mean deviation of the think time to be expected of ``session``, in seconds."""
+        own, overall = self._own.get(session), self._overall
         if own is None:
-            return self._overall.value
-        return (own.count * own.value + 2 * self._overall.value) / (own.count + 2)
+            return overall.mean, overall.deviation
+        share = own.count / (own.count + 2)
+        return (
+            share * own.mean + (1 - share) * overall.mean,
+            share * own.deviation + (1 - share) * overall.deviation,
+        )
 
     def plan(self, waiting: Sequence[Waiting], residency: Residency, link_budget: int) -> list[Load]:
-        now, order = self.now, self._order
-        while order and order[0][0] <= now:
-            due, session = heappop(order)
-            pause = self._pauses.get(session)
-            if pause is not None and pause.due == due:
-                self._due[session] = pause
+        now = self.now
+        while (at := self.wake_at()) is not None and at <= now:
+            _, session = heappop(self._order)
+            self._due[session] = self._pauses[session]
         for session, pause in list(self._due.items()):
-            if now - pause.since > self.patience * self.expected(session) and now > pause.due:
-                del self._due[session], self._pauses[session]
+            mean, deviation = self.expected(session)
+            if now > max(pause.due, pause.since + mean + self.patience * deviation):
+                self._drop(session)
         found = loads_of((pause.sequence for pause in self._due.values()), residency, self.evict)
         if found and self.evict:
-            # Those who are not due yet will come all the same: nothing of theirs is given up.
             for session, pause in self._pauses.items():
-                if session not in self._due:
+                if session not in self._due and pause.due - now <= self.expected(session)[1]:
                     residency.prefix(pause.sequence)
         return found
 
     def wake_at(self) -> float | None:
         order = self._order
-        while order and ((pause := self._pauses.get(order[0][1])) is None or pause.due != order[0][0]):
+        while order and not self._counts(*order[0]):
             heappop(order)
         return order[0][0] if order else None
+
+    def _counts(self, due: float, session: str) -> bool:
+        pause = self._pauses.get(session)
+        return pause is not None and pause.due == due and session not in self._due
 
 
 class Turn(NamedTuple):
