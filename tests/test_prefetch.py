@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 import pagedlab as pl
 from pagedlab import events as ev
+from pagedlab.cache.prefetched import Prefetched
 from pagedlab.config import Config
 from pagedlab.costs import find_model
 from pagedlab.costs.base import CostModel, StepWork
 from pagedlab.engine.clock import PS_PER_SECOND, StepClock, VirtualClock
 from pagedlab.engine.engine import Engine
 from pagedlab.engine.link import Link
+from pagedlab.engine.prefetching import Prefetching
 from pagedlab.engine.request import Hints, Request, SamplingParams
 from pagedlab.errors import ConfigError, PolicyError
 from pagedlab.executors.simulated import SimulatedExecutor
@@ -33,6 +35,7 @@ from pagedlab.policies.prefetchers.oracle import Oracle
 from pagedlab.policies.prefetchers.sessions import ThinkTime
 from pagedlab.policies.view import View
 
+from .planted_bugs import Bug
 from .strategies import (
     Scenario,
     blocks_for_longest,
@@ -239,12 +242,16 @@ def test_the_budget_is_what_may_be_under_way_and_the_rest_is_asked_for_again() -
             self.asked.append(self.now)
             return [Load(b, evict=True) for b in residency.below(self.known["a"])] if self.now >= 5 else []
 
-    engine = served(
-        Keep(), [ask("a", "a3", 0), ask("b", "b6", 2), ask("again", "a3 c1", 10)],
-        num_blocks=6, cost=Seconds(block=0.5), prefetch_budget=1,
-    )  # fmt: skip
+    requests = [
+        ask("a", "a3", 0),
+        ask("b", "b6", 2),
+        ask("visitor", "v1", 5.2),  # comes while the first is under way, and gives occasion to ask
+        ask("again", "a3 c1", 10),
+    ]
+    engine = served(Keep(), requests, num_blocks=6, cost=Seconds(block=0.5), prefetch_budget=1)
     ordered = [e.time / PS_PER_SECOND for e in engine.events if e.kind == ev.BLOCKS_PREFETCHED]
-    assert ordered == [5.0, 5.5, 6.0]
+    # The visitor's step lasts until 5.7, for a block has to be saved: then the first is there.
+    assert ordered == [5.0, 5.7, 6.2]
     assert fates(engine) == {"done": 3, "useful": 3}
 
 
@@ -798,3 +805,84 @@ def test_a_run_and_its_simulation_prefetch_alike(name: str) -> None:
         again = simulated(scenario.config, scenario.requests, scripts(real), StepClock(), skip=bool(seed % 2))
         assert event_rows(real) == event_rows(again)
         assert left_behind(real) == left_behind(again)
+
+
+# ---- the tests are tested ----------------------------------------------------------------------------------------
+
+
+BUGS = [
+    (
+        Bug("a leap passes the time", Engine, "_reach", "self.prefetching.next_ask()", "None", ""),
+        test_it_is_woken_at_its_time_while_others_decode_and_a_leap_does_not_pass_it,
+    ),
+    (
+        Bug(
+            "what is under way counts as there", Prefetching, "hear", "is not None:", "is NotImplemented:", ""
+        ),
+        test_a_block_that_is_wanted_on_its_way_is_late_and_waited_for,
+    ),
+    (
+        Bug("nobody waits for what is late", Engine, "step", "self.prefetching.wait_ps(start)", "0", ""),
+        test_a_block_that_is_wanted_on_its_way_is_late_and_waited_for,
+    ),
+    (
+        Bug(
+            "a late load counts twice",
+            SimulatedExecutor,
+            "execute",
+            "orders.wait_ps",
+            "2 * orders.wait_ps",
+            "",
+        ),
+        test_a_block_that_is_wanted_on_its_way_is_late_and_waited_for,
+    ),
+    (
+        Bug("loads hold up the step", Prefetching, "take_own", "min(self._ordered, len(moves))", "0", ""),
+        test_a_block_that_is_up_before_it_is_wanted_is_useful,
+    ),
+    (
+        Bug(
+            "a displaced block is forgotten",
+            Prefetched,
+            "begin",
+            "if displaced is not None:",
+            "if False:",
+            "",
+        ),
+        test_a_block_whose_place_is_missed_first_is_harmful,
+    ),
+    (
+        Bug("the budget forgets what is under way", Prefetching, "ask", "self.link.under_way(now)", "0", ""),
+        test_the_budget_is_what_may_be_under_way_and_the_rest_is_asked_for_again,
+    ),
+    (
+        Bug(
+            "what was cut off is not asked for again",
+            Prefetching,
+            "next_ask",
+            "if self._cut:",
+            "if False:",
+            "",
+        ),
+        test_the_budget_is_what_may_be_under_way_and_the_rest_is_asked_for_again,
+    ),
+    (
+        Bug(
+            "there is no end to asking",
+            Engine,
+            "_prefetch_idle",
+            "range(_IDLE_ASKS)",
+            "range(5 * _IDLE_ASKS)",
+            "",
+        ),
+        lambda: test_finite_work_ends_whatever_wake_at_says("soon"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("bug", "check"), BUGS, ids=lambda each: getattr(each, "name", ""))
+def test_a_planted_bug_is_caught(bug: Bug, check: Any) -> None:
+    check()
+    with bug.planted(), pytest.raises(Exception) as caught:
+        check()
+    assert not isinstance(caught.value, NameError | ImportError | SyntaxError)
