@@ -94,7 +94,24 @@ class Future(Protocol):
 
 
 class Prefetch(Policy):
-    """Contract. ``enabled`` False spares the engine the question."""
+    """Contract. ``enabled`` False spares the engine the question.
+
+    Only `plan` must be written::
+
+        @pagedlab.register("prefetch", "last-answered")
+        class LastAnswered(Prefetch):
+            "Keep up what the sessions left behind, the one that was answered last before the others."
+
+            def reset(self):
+                self._answered = {}
+
+            def finished(self, sequence):
+                self._answered.pop(sequence.session, None)
+                self._answered[sequence.session] = sequence
+
+            def plan(self, waiting, residency, link_budget):
+                return loads_of(reversed(self._answered.values()), residency, evict=True)
+    """
 
     slot: ClassVar[str] = "prefetch"
     enabled: ClassVar[bool] = True
