@@ -2,7 +2,7 @@
 
     requests ──▶ step():  1. arrivals   whose time has come join the queue
                           2. scheduler  asks; the engine grants: prefix, room, preemption, budget     ─▶ StepOrders
-                          3. prefetch   fills what is free
+                          3. prefetch   brings up what will be wanted
                           4. executor   carries out the moves, runs the batch, samples                ─▶ StepResult
                           5. commit     appends tokens, publishes full blocks, forks, finishes
 

@@ -5,7 +5,8 @@ the link has room for what the last plan had to leave out. Of these only the tim
 decode, and they are known beforehand: so a leap that ends at `next_ask` is exact.
 
 Where the clock counts what a cost model says, a load takes its time on the `Link`, beside the steps, and whoever needs
-it before waits. Elsewhere the executor carries it out with the step that orders it, or at once while nothing runs.
+it before waits; saving what it displaces goes the other way and costs nothing. Elsewhere the executor carries it out
+with the step that orders it, or at once while nothing runs.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ class Prefetch(Policy):
         return None
 
     def feedback(self, block: Block, fate: Fate) -> None:
-        """Hear what became of a load: refused for want of room, or carried out, and then how it ended."""
+        """Hear what became of a load: refused (no room, or nothing to bring up any more), or done, and how it ended."""
 
 
 def loads_of(sequences: Iterable[Waiting], residency: Residency, evict: bool) -> list[Load]:
