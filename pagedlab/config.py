@@ -97,7 +97,7 @@ class Config:
     """Hold a request back while the next block of its prefix is being computed for another one, so that requests that
     come together share what they have in common."""
     prefetch_budget: int = 64
-    """Blocks that prefetch may move in one step."""
+    """Blocks that prefetch may have under way at once (on a real machine: in one step)."""
     seed: int = 0
     """Seed of requests that bring none."""
     num_threads: int | None = None

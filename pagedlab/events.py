@@ -30,6 +30,7 @@ BLOCKS_COPIED: Final = "BlocksCopied"
 BLOCKS_LOADED: Final = "BlocksLoaded"
 BLOCKS_SAVED: Final = "BlocksSaved"
 BLOCKS_PREFETCHED: Final = "BlocksPrefetched"
+PREFETCH_ENDED: Final = "PrefetchEnded"
 
 
 class Event(NamedTuple):

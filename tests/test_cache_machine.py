@@ -418,13 +418,20 @@ class CacheMachine(RuleBasedStateMachine):
         pool = pick.choice(self.cache.pools)
         findable = [b for b in pool.blocks if b.key is not None]
         block = pick.choice(findable or pool.blocks)
-        evicted = sum(what == "remove" for what, _ in self.spies[DEVICE].log)
+        evict = block.index % 2 == 0
+        removals = [what for what, _ in self.spies[DEVICE].log].count("remove")
+        free = self.cache.device.num_free
         orphans = sum(e.detail == "orphan" for e in self.cache.events)
         before = self.state()
-        done = self.cache.prefetch(block)
-        self.unless(done, before, "prefetch")
-        removed = sum(what == "remove" for what, _ in self.spies[DEVICE].log) - evicted
-        assert removed == sum(e.detail == "orphan" for e in self.cache.events) - orphans, "a prefetch evicted"
+        done = self.cache.prefetch(block, evict=evict)
+        self.unless(done is not None, before, "prefetch")
+        removed = [what for what, _ in self.spies[DEVICE].log].count("remove") - removals
+        displaced = sum(e.detail == "orphan" for e in self.cache.events) - orphans
+        assert removed == displaced + (done is not None and not free), (
+            "a prefetch evicts one block, if none is free"
+        )
+        assert evict or free or done is None
+        self.reached["prefetch in another's place"] += done is not None and not free
 
     @precondition(lambda self: self.running())
     @rule(pick=PICK, really=st.sampled_from((False, False, False, True)))
@@ -524,6 +531,7 @@ WANTED = (
     "no room: swap in",
     "prefetch",
     "no room: prefetch",
+    "prefetch in another's place",
     "partial match",
     "loaded from host",
     "distrust",

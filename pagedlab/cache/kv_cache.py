@@ -7,12 +7,13 @@ neither in the cache nor in what a policy has observed. Data to be copied is ask
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from pagedlab import events as ev
 from pagedlab.cache.accounting import Memory, check_invariants
 from pagedlab.cache.moves import Move
 from pagedlab.cache.pool import BlockPool
+from pagedlab.cache.prefetched import Children, Prefetched
 from pagedlab.cache.table import BlockTable
 from pagedlab.errors import InvariantBroken
 from pagedlab.events import EventLog
@@ -20,6 +21,7 @@ from pagedlab.policies.allocator import Allocator, FreeList
 from pagedlab.policies.block import DEVICE, HOST, TIER_NAMES, Block
 from pagedlab.policies.eviction import Eviction
 from pagedlab.policies.lookup import NO_MATCH, Lookup, Match, Prefix
+from pagedlab.policies.prefetch import Fate
 from pagedlab.policies.swap import Swap
 from pagedlab.policies.view import NOTHING_KNOWN, View
 from pagedlab.registry import make
@@ -40,8 +42,9 @@ class KVCache:
         host_blocks: int = 0,
         null_block: bool = False,
         events: EventLog | None = None,
-        on_prefetch_fate: Callable[[Block, str], None] | None = None,
+        on_prefetch_fate: Callable[[Block, Fate], None] | None = None,
         view: View = NOTHING_KNOWN,
+        knows_children: bool = False,
     ) -> None:
         self.block_size = block_size
         self.lookup = lookup
@@ -75,8 +78,10 @@ class KVCache:
         lookup.reset(block_size=block_size, num_tiers=2 if host_blocks else 1)
         self._shares = lookup.granularity != "none"
         self._evicting: list[Block] = []
-        self._prefetched: set[Block] = set()
-        self._on_prefetch_fate = on_prefetch_fate or (lambda block, fate: None)
+        self.prefetched = Prefetched(on_prefetch_fate)
+        self._children = Children(self.host.blocks) if knows_children and self.host is not None else None
+        self._displaced: int | None = None
+        """Key of what the device gave up last."""
         self.hit_tokens = 0
         self.scattered = False
         """The last admission failed although enough blocks were free: no run was long enough."""
@@ -196,18 +201,17 @@ class KVCache:
             here = [b for b in found if not b.tier]
             self.host.eviction.hit_all([b for b in found if b.tier])
         self.device.eviction.hit_all(here)
-        if self._prefetched:
-            for block in here:
-                if block in self._prefetched:
-                    self._prefetched.discard(block)
-                    self._on_prefetch_fate(block, "useful")
-        if type(self.device.eviction).miss is Eviction.miss:  # it does not care
-            return
         prefix = table.prefix
         num_full = len(prefix) // self.block_size
+        num_whole = len(found)
+        if len(self.prefetched):
+            self.prefetched.end(here, "useful")
+            low = [b.key for b in found if b.tier and b.key is not None]
+            self.prefetched.missed(low + prefix.keys(num_full)[num_whole:num_full])
+        if type(self.device.eviction).miss is Eviction.miss:  # it does not care
+            return
         miss = self.device.eviction.miss
         keys = prefix.keys(num_full)
-        num_whole = len(found)
         for i in range(num_whole, num_full):
             miss(keys[i], readmitted)
 
@@ -342,7 +346,7 @@ class KVCache:
     def _displace(self, orphan: Block) -> None:
         """A block whose parent is gone makes way for its recomputed copy."""
         self._record_removed([orphan], TIER_NAMES[orphan.tier], "orphan")
-        self._prefetched.discard(orphan)
+        self.prefetched.end((orphan,), "useless")
         pool = self.host if orphan.tier else self.device
         pool.blank(orphan)  # type: ignore[union-attr]
 
@@ -412,24 +416,47 @@ class KVCache:
         self._promised += self._within(table)
         return True
 
-    def prefetch(self, block: Block) -> bool:
-        """Bring a cached host block up into a free device block; False if none is free or it is there already."""
-        if self.host is None or block.tier != HOST or block.key is None or not self.device.num_free:
-            return False
-        if self.lookup.copy_in(block, DEVICE) is not None:
-            return False
-        taken = self.device.take(1)
-        if taken is None:
-            return False
+    def prefetch(
+        self, block: Block, *, evict: bool = False, protected: Collection[Block] = ()
+    ) -> Block | None:
+        """Bring a cached host block up to the device and return where to; None if that is not to be.
+
+        It takes a free block, or with ``evict`` a cached one that is not ``protected``. It is refused if there is
+        neither, or if the content is on the device or no longer in the host tier.
+        """
+        pool, host = self.device, self.host
+        if (
+            host is None
+            or block.tier != HOST
+            or block.key is None
+            or self.lookup.copy_in(block, DEVICE) is not None
+            or not (pool.num_free or (evict and pool.has_room(1, protected)))
+        ):
+            return None
         now = self.events.time
-        self._load(block, taken[0], now)
-        if taken[0].key is not None:
-            self._prefetched.add(taken[0])
-            self.events.record(
-                ev.BLOCKS_PREFETCHED, blocks=(taken[0].index,), keys=(block.key,), medium="host"
-            )
-        self.device.drop(taken, now)
-        return True
+        # What is given up may want a place in the host tier: not this one.
+        host.eviction.hit_all([block])
+        host.share((block,))
+        self._displaced = None
+        taken = pool.take(1, protected)
+        if taken is None:
+            raise InvariantBroken(f"a block was promised to the prefetch of {block!r} and is not there")
+        key, displaced = block.key, self._displaced
+        target = self._load(block, taken[0], now)
+        host.drop((block,), now)
+        pool.drop(taken, now)
+        self.prefetched.begin(target, displaced)
+        if target.key is None:
+            self.prefetched.end((target,), "useless")
+        else:
+            self.events.record(ev.BLOCKS_PREFETCHED, blocks=(target.index,), keys=(key,), medium="host")
+        return target
+
+    def children(self, block: Block) -> list[Block]:
+        """Return the host blocks that continue ``block`` and have no copy on the device, latest first."""
+        if self._children is None or block.key is None:
+            return []
+        return [b for b in self._children.of(block.serial) if self.lookup.copy_in(b, DEVICE) is None]
 
     def distrust(self, table: BlockTable) -> None:
         """Forget every prefix that the table's blocks stand for, in every tier: their content may be wrong."""
@@ -445,23 +472,23 @@ class KVCache:
 
     def clear(self) -> None:
         """Forget every cached prefix in every tier. Running sequences keep their blocks, which nobody else finds."""
+        self.prefetched.end_all("useless")
         for pool in self.pools:
             for block in pool.blocks:
                 if block.key is not None:
                     self.lookup.forget(block)
                     pool.blank(block)
-        self._prefetched.clear()
         self.events.record(ev.ALL_BLOCKS_CLEARED)
 
     # ---- evicting ----------------------------------------------------------------------------------------------
 
     def _device_evicted(self, blocks: list[Block]) -> None:
-        if self._prefetched or self.host is not None:
+        if self.host is not None:
+            if len(self.prefetched):
+                self.prefetched.end(blocks, "useless")
+            self._displaced = blocks[-1].key
             for block in blocks:
-                if block in self._prefetched:
-                    self._prefetched.discard(block)
-                    self._on_prefetch_fate(block, "useless")
-                if self.host is not None and self.swap.store(block):
+                if self.swap.store(block):
                     self._keep_on_host(block)
                 self.lookup.forget(block)
         else:
@@ -500,6 +527,8 @@ class KVCache:
         if published.indexed:
             self.moves.append(Move(DEVICE, block.index, HOST, copy.index))
             host.store((copy,))
+            if self._children is not None:
+                self._children.add(copy)
             self.events.record(
                 ev.BLOCK_STORED, -1, (copy.index,), (block.key or 0,), block.parent_key, medium="host"
             )

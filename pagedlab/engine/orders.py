@@ -71,6 +71,8 @@ class StepOrders:
     """Sequences whose rows an executor may forget: finished, cancelled or preempted since the last step."""
     work: StepWork = field(default_factory=StepWork)
     """The same in sums: all that a `Scripted` executor gets (its ``batch`` is empty)."""
+    wait_ps: int = 0
+    """Picoseconds until prefetched blocks that the batch reads have come over the link, where that takes time."""
 
 
 @dataclass(slots=True)
@@ -125,3 +127,6 @@ class Scripted(Protocol):
 
     def linear(self, work: StepWork) -> tuple[int, int] | None:
         """See `pagedlab.costs.base.CostModel.linear`."""
+
+    def load_ps(self, num_blocks: int) -> int:
+        """Return picoseconds in which the link brings so many blocks from the host to the device."""

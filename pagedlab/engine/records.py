@@ -10,6 +10,7 @@ from typing import NamedTuple
 from pagedlab.cache.accounting import Memory
 from pagedlab.cache.moves import Move
 from pagedlab.policies.block import HOST
+from pagedlab.policies.prefetch import FATES
 
 
 class Moved(NamedTuple):
@@ -122,6 +123,5 @@ class Totals:
     swapped_out: int = 0
     """Sequences preempted by swapping, not blocks: those are in `moved`."""
     moved: Moved = field(default_factory=Moved)
-    prefetch: dict[str, int] = field(
-        default_factory=lambda: {"done": 0, "refused": 0, "useful": 0, "useless": 0}
-    )
+    prefetch: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0))
+    """Blocks by what became of their loads, see `pagedlab.policies.prefetch`."""

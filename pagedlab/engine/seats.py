@@ -7,7 +7,7 @@ running, or, with asynchronous scheduling, leaving; a running one decodes with t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from pagedlab import events as ev
 from pagedlab.cache.accounting import Memory
@@ -17,6 +17,7 @@ from pagedlab.config import Config
 from pagedlab.costs.shape import ModelShape
 from pagedlab.engine.decoders import Decoders
 from pagedlab.engine.plan import Plan
+from pagedlab.engine.prefetching import Prefetching
 from pagedlab.engine.records import Totals
 from pagedlab.engine.sequence import Sequence, Status
 from pagedlab.engine.view import EngineView
@@ -25,6 +26,7 @@ from pagedlab.events import EventLog
 from pagedlab.policies.block import NOBODY, Block
 from pagedlab.policies.bounds import refuse_future
 from pagedlab.policies.lookup import NO_MATCH, Match
+from pagedlab.policies.prefetch import Fate
 from pagedlab.policies.prompt import HashedTokens
 
 
@@ -36,15 +38,15 @@ class Seats:
         config: Config,
         max_model_len: int,
         events: EventLog,
-        on_prefetch_fate: Callable[[Block, str], None],
         shape: ModelShape | None,
+        knows_future: bool,
     ) -> None:
         self.config = config
         self.events = events
         self.max_model_len = min(config.max_model_len or max_model_len, max_model_len)
         self.policies = policies = config.policies()
         """The clones that this run works on."""
-        refuse_future(policies)
+        refuse_future(policies, knows_arrivals=knows_future)
         self.totals = Totals()
         self.waiting: deque[Sequence] = deque()
         """The queue, front first."""
@@ -60,9 +62,14 @@ class Seats:
             host_blocks=config.num_host_blocks,
             null_block=config.null_block,
             events=events,
-            on_prefetch_fate=on_prefetch_fate,
+            on_prefetch_fate=self._prefetch_fate,
             view=view,
+            knows_children=policies.prefetch.enabled,
         )
+        self.prefetching: Prefetching | None = None
+        if policies.prefetch.enabled:
+            policies.prefetch.attach(view)
+            self.prefetching = Prefetching(policies.prefetch, self.cache, config.prefetch_budget, self.totals)
         if policies.allocator.contiguous and self.cache.device.limit(NOBODY) < self.cache.device.capacity:
             raise ConfigError(
                 f"eviction {policies.eviction.name!r} keeps shares for tenants, so allocator "
@@ -88,6 +95,10 @@ class Seats:
         """Whether the scheduler's last decision still holds."""
         self._ended: list[int] = []
         """Sequences that have given up their blocks since the last step."""
+
+    def _prefetch_fate(self, block: Block, fate: Fate) -> None:
+        if self.prefetching is not None:
+            self.prefetching.hear(block, fate)
 
     def _check_fits(self, seq: Sequence) -> None:
         """Raise if the sequence could not even run alone."""
@@ -157,6 +168,8 @@ class Seats:
                 return self._refuse_for_now(seq, match)
             # Alone, and the prefix itself is in the way (pinned, or splitting the only run): start from nothing.
             match = NO_MATCH
+        if self.prefetching is not None:
+            self.prefetching.used(seq, len(match.blocks))
         if readmitted:
             again = max(0, seq.num_tokens - 1 - match.num_tokens)
             seq.recomputed_tokens += again

@@ -72,20 +72,24 @@ class SimulatedExecutor:
         """See `pagedlab.costs.base.CostModel.linear`."""
         return self.cost.linear(work)
 
+    def load_ps(self, num_blocks: int) -> int:
+        """See `pagedlab.engine.orders.Scripted`."""
+        return self.cost.transfer_ps(num_blocks * self.kv_bytes_per_block, "host")
+
     def move(self, moves: deque[Move]) -> None:
         """Note what goes over the links; copies within a tier cost nothing beside a step."""
         moved = Moved().and_also(moves)
         moves.clear()
         # The link is full-duplex: what comes up and what goes down do not wait for each other.
         if blocks := max(moved.to_device, moved.to_host):
-            self._transfer += self.cost.transfer_ps(blocks * self.kv_bytes_per_block, "host")
+            self._transfer += self.load_ps(blocks)
 
     def execute(self, orders: StepOrders) -> StepResult:
         """Return how long the step takes: transfers run beside the computation, layer by layer, and one that takes
         longer is waited for.
         """
         self.move(orders.moves)
-        duration = max(self.cost.step_ps(orders.work), self._transfer)
+        duration = max(self.cost.step_ps(orders.work), self._transfer, orders.wait_ps)
         self._transfer = 0
         return StepResult([], duration_ps=duration)
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pagedlab.errors import ConfigError
+from pagedlab.policies.prefetch import FATES
 
 Array = NDArray[np.float64]
 Columns = dict[str, Any]
@@ -41,7 +42,9 @@ def summarise(columns: dict[str, Columns], facts: dict[str, Any]) -> dict[str, A
     sequences that stores nothing: (reserved + internal + external) / (stored + reserved + internal + external).
     ``mean_batch_size`` is in sequences. ``blocks_to_host``, ``blocks_to_device`` and ``blocks_copied`` are the blocks
     that were moved from the device to the host, back, and inside the device (copy-on-write); ``bytes_to_host`` ... are
-    the same in bytes, None where a block's weight is not known.
+    the same in bytes, None where a block's weight is not known. ``prefetch_done`` are the blocks that were prefetched,
+    each of which was in the end ``prefetch_useful``, ``_late``, ``_harmful`` or ``_useless``; ``prefetch_refused``
+    found no room. See `pagedlab.policies.prefetch`.
     """
     requests, steps, totals = columns["requests"], columns["steps"], facts["totals"]
     reasons = requests["finish_reason"]
@@ -72,10 +75,7 @@ def summarise(columns: dict[str, Columns], facts: dict[str, Any]) -> dict[str, A
         "swapped_out": totals["swapped_out"],
         **{f"blocks_{link}": totals[f"blocks_{link}"] for link in LINKS},
         **{f"bytes_{link}": moved_bytes(totals[f"blocks_{link}"], facts) for link in LINKS},
-        "prefetch_done": totals["prefetch_done"],
-        "prefetch_useful": totals["prefetch_useful"],
-        "prefetch_useless": totals["prefetch_useless"],
-        "prefetch_refused": totals["prefetch_refused"],
+        **{f"prefetch_{fate}": totals[f"prefetch_{fate}"] for fate in FATES},
         "mean_batch_size": weighted(steps["running"], steps["duration"]),
         **{f"{kind}_share": shares[kind] for kind in MEMORY_KINDS},
         "kernel": facts["used"]["kernel"],

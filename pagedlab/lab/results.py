@@ -19,6 +19,7 @@ from pagedlab.errors import ResultsError
 from pagedlab.events import Event
 from pagedlab.lab import page
 from pagedlab.lab.environment import environment
+from pagedlab.lab.loads import prefetched
 from pagedlab.lab.measures import DONE, LINKS, MEMORY_KINDS, Columns, Goodput, goodput, summarise
 from pagedlab.lab.steps import tables
 from pagedlab.lab.vocabulary import vocab_size
@@ -120,7 +121,7 @@ class Run:
                 "preemptions": engine.totals.preemptions,
                 "swapped_out": engine.totals.swapped_out,
                 **{f"blocks_{link}": n for link, n in engine.totals.moved._asdict().items()},
-                **{f"prefetch_{fate}": n for fate, n in engine.totals.prefetch.items()},
+                **{f"prefetch_{fate}": n for fate, n in engine.prefetched.items()},
             },
             "used": _used(executor),
             **environment(),
@@ -177,6 +178,17 @@ class Run:
     def memory(self) -> pd.DataFrame:
         """One row per step: where the pool's token slots were, in tokens and as shares of the pool."""
         return self._frame("memory")
+
+    @cached_property
+    def prefetch(self) -> pd.DataFrame:
+        """One row per block prefetched: ``time``, ``block``, ``key``, and its ``fate``: useful, late, harmful, useless.
+
+        ``fate_time`` is when that was known, None for a block that nobody had used when the run ended. Empty if the run
+        kept no event log.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(prefetched(self._columns["events"], ended=not self.interrupted))
 
     def columns(self, table: str) -> dict[str, list[Any]]:
         """Return a table as one list a column, without pandas."""
