@@ -19,6 +19,7 @@ from typing import Any
 import test_accounting
 import test_allocators
 import test_cache_machine
+import test_disk_tier
 import test_eviction
 import test_faults
 import test_law5_stub
@@ -31,6 +32,7 @@ from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.pool import BlockPool
 from pagedlab.engine.engine import Engine
 from pagedlab.engine.plan import Plan
+from pagedlab.executors.disk import Spoils
 from pagedlab.policies import LFU, LRU, ChainedHash, RadixTree
 from pagedlab.policies.allocator import FirstFit
 from pagedlab.policies.eviction import Eviction
@@ -151,6 +153,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "short cuts": partial(test_eviction.test_short_cuts_do_what_they_stand_for, "lru"),
     "lru in use": partial(test_eviction.test_a_block_in_use_is_never_named, "lru"),
     "lfu in use": partial(test_eviction.test_a_block_in_use_is_never_named, "lfu"),
+    "disk faults": test_disk_tier.test_the_planted_faults_are_survived,
     "doubt in every tier": test_cache_machine.test_doubt_reaches_every_tier,
     "seats": test_scheduler.test_samples_to_come_take_a_seat,
     "radix": test_lookup.test_radix_goes_into_the_middle_of_a_block_and_takes_the_longest_way,
@@ -351,8 +354,8 @@ BUGS = [
         "the host's copy of a doubtful block stays",
         KVCache,
         "distrust",
-        "[block, self.lookup.copy_in(block, HOST)]",
-        "[block]",
+        "*(self.lookup.copy_in(block, pool.tier) for pool in self.pools[1:])",
+        "",
         "doubt in every tier",
     ),
     Bug(
@@ -378,6 +381,70 @@ BUGS = [
         "self.lookup.forget_all(blocks)",
         "pass",
         "walks",
+    ),
+    Bug(
+        "what the host gave up can still be found",
+        KVCache,
+        "_lower_evicted",
+        "self.lookup.forget_all(blocks)",
+        "pass",
+        "walks",
+    ),
+    Bug(
+        "what comes up from the disk is taken for the host's",
+        KVCache,
+        "_load",
+        "Move(source.tier, ",
+        "Move(1, ",
+        "walks",
+    ),
+    Bug(
+        "what is being loaded from the disk is not pinned",
+        KVCache,
+        "admit",
+        "pool.share(here)",
+        "pool.tier == 2 or pool.share(here)",
+        "walks",
+    ),
+    Bug(
+        "a copy that failed can still be found",
+        Engine,
+        "_suffer",
+        "self.cache.spoiled(damage.spoiled)",
+        "{self.cache.pools[t].blocks[i] for t, i in damage.spoiled}",
+        "disk faults",
+    ),
+    Bug(
+        "who was given a spoiled block goes on",
+        Engine,
+        "_suffer",
+        "for seq in reversed(self.running)",
+        "for seq in ()",
+        "disk faults",
+    ),
+    Bug(
+        "a spoiled block is swapped out as if it were whole",
+        Engine,
+        "_suffer",
+        "self.cache.release(seq.table)",
+        "pass",
+        "disk faults",
+    ),
+    Bug(
+        "what is copied on from a spoiled block is trusted",
+        Spoils,
+        "passed_on",
+        "self._spoiled.add((move.dst_tier, move.dst))",
+        "pass",
+        "disk faults",
+    ),
+    Bug(
+        "what could not be read is tried again",
+        Spoils,
+        "failed",
+        "self._spoiled.add((move.src_tier, move.src))",
+        "pass",
+        "disk faults",
     ),
     Bug("sharing is not unsaved", BlockPool, "drop", "self.saved_tokens -= block.fill", "pass", "walks"),
     Bug(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import Scenario, ended, event_rows, examples, scenarios, serve
 
 import pagedlab as pl
 from pagedlab.config import Config
@@ -18,8 +19,6 @@ from pagedlab.engine.request import Request, SamplingParams
 from pagedlab.engine.script import Script
 from pagedlab.executors.simulated import SimulatedExecutor
 from pagedlab.policies.prompt import HashedPrompt
-
-from .strategies import Scenario, ended, event_rows, examples, scenarios, serve
 
 
 class Linear(CostModel):

@@ -14,19 +14,19 @@ from pagedlab.cache.accounting import Memory, check_invariants
 from pagedlab.cache.moves import Move
 from pagedlab.cache.pool import BlockPool
 from pagedlab.cache.table import BlockTable
+from pagedlab.cache.tiers import Tiers
 from pagedlab.errors import InvariantBroken
 from pagedlab.events import EventLog
-from pagedlab.policies.allocator import Allocator, FreeList
-from pagedlab.policies.block import DEVICE, HOST, TIER_NAMES, Block
+from pagedlab.policies.allocator import Allocator
+from pagedlab.policies.block import DEVICE, DISK, HOST, TIER_NAMES, Block
 from pagedlab.policies.eviction import Eviction
 from pagedlab.policies.lookup import NO_MATCH, Lookup, Match, Prefix
 from pagedlab.policies.swap import Swap
 from pagedlab.policies.view import NOTHING_KNOWN, View
-from pagedlab.registry import make
 
 
-class KVCache:
-    """Blocks of a device tier and perhaps a host tier, and the tables that hold them."""
+class KVCache(Tiers):
+    """Blocks of a device tier, perhaps of a host tier and a disk tier below, and the tables that hold them."""
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class KVCache:
         eviction: Eviction,
         swap: Swap,
         host_blocks: int = 0,
+        disk_blocks: int = 0,
         null_block: bool = False,
         events: EventLog | None = None,
         on_prefetch_fate: Callable[[Block, str], None] | None = None,
@@ -58,21 +59,11 @@ class KVCache:
             reserved=int(null_block),
             view=view,
         )
-        self.host: BlockPool | None = None
-        if host_blocks:
-            host_eviction = make("eviction", swap.host_eviction())
-            assert isinstance(host_eviction, Eviction)
-            self.host = BlockPool(
-                host_blocks,
-                FreeList(),
-                host_eviction,
-                self._host_evicted,
-                tier=HOST,
-                block_size=block_size,
-                view=view,
-            )
-        self.pools = [self.device] if self.host is None else [self.device, self.host]
-        lookup.reset(block_size=block_size, num_tiers=2 if host_blocks else 1)
+        self.pools = [self.device]
+        self._add_pools((host_blocks, disk_blocks), block_size, view)
+        self.host = self.pools[HOST] if host_blocks else None
+        self.disk = self.pools[DISK] if len(self.pools) > DISK else None
+        lookup.reset(block_size=block_size, num_tiers=len(self.pools))
         self._shares = lookup.granularity != "none"
         self._evicting: list[Block] = []
         self._prefetched: set[Block] = set()
@@ -114,7 +105,7 @@ class KVCache:
     ) -> bool:
         """Give an empty table its matched prefix and room for ``claim`` tokens in all; leave ``spare`` blocks.
 
-        Matched blocks in the host tier get a device block each and a move. A partial match is copied.
+        Matched blocks in lower tiers get a device block each and a move. A partial match is copied.
         """
         size = self.block_size
         hits, num_hits = match.blocks, len(match.blocks)
@@ -134,9 +125,9 @@ class KVCache:
 
         now = self.events.time
         self._observe(table, guarded, readmitted)
-        host_pins = [] if self.host is None else [b for b in guarded if b.tier]
-        if host_pins:
-            self.host.share(host_pins)  # type: ignore[union-attr]
+        pins = [] if self.host is None else [b for b in guarded if b.tier]
+        for pool, here in self._below(pins) if pins else ():
+            pool.share(here)
         device.share(protected)
         taken = self.device.take(need, contiguous=True)
         if taken is None:
@@ -146,19 +137,17 @@ class KVCache:
         if low:
             incoming = iter(loads)
             blocks = [self._load(b, next(incoming), now) if b.tier else b for b in hits]
-            self.events.record(
-                ev.BLOCKS_LOADED,
-                table.seq_id,
-                [b.index for b in loads],
-                [b.key or 0 for b in low],
-                medium="host",
-            )
+            self._record_loaded(table, low, loads)
+        if self._eager:
+            for block in guarded:
+                if block.key is not None:
+                    self._offer(block)
         if match.partial is not None:
             self.moves.append(Move(match.partial.tier, match.partial.index, DEVICE, rest[0].index))
             self.events.record(ev.BLOCKS_COPIED, table.seq_id, (match.partial.index, rest[0].index))
-            (self.host if match.partial.tier else self.device).drop([match.partial], now)  # type: ignore[union-attr]
-        if host_pins:
-            self.host.drop([b for b in host_pins if b is not match.partial], now)  # type: ignore[union-attr]
+            self.pools[match.partial.tier].drop([match.partial], now)
+        for pool, here in self._below(pins) if pins else ():
+            pool.drop([b for b in here if b is not match.partial], now)
 
         table.blocks = [*blocks, *rest]
         table.indices = [b.index for b in table.blocks]
@@ -191,7 +180,8 @@ class KVCache:
         here = found
         if self.host is not None:
             here = [b for b in found if not b.tier]
-            self.host.eviction.hit_all([b for b in found if b.tier])
+            for pool, low in self._below(found):
+                pool.eviction.hit_all(low)
         self.device.eviction.hit_all(here)
         if self._prefetched:
             for block in here:
@@ -209,8 +199,8 @@ class KVCache:
             miss(keys[i], readmitted)
 
     def _load(self, source: Block, target: Block, now: int) -> Block:
-        """Make ``target`` (taken, in use) the device copy of a pinned host block."""
-        self.moves.append(Move(HOST, source.index, DEVICE, target.index))
+        """Make ``target`` (taken, in use) the device copy of a pinned block of a lower tier."""
+        self.moves.append(Move(source.tier, source.index, DEVICE, target.index))
         if source.key is None:
             # While room was made, an evicted orphan took its place in the index: usable, but not findable any more.
             return target
@@ -224,6 +214,13 @@ class KVCache:
             self._displace(published.displaced)
         self.device.store((target,))
         return target
+
+    def _record_loaded(self, table: BlockTable, low: list[Block], loads: list[Block]) -> None:
+        for pool, here in self._below(low):
+            to = [new.index for old, new in zip(low, loads) if old.tier == pool.tier]
+            self.events.record(
+                ev.BLOCKS_LOADED, table.seq_id, to, [b.key or 0 for b in here], medium=TIER_NAMES[pool.tier]
+            )
 
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` tokens in all, and make the block to be written next the table's own."""
@@ -316,6 +313,9 @@ class KVCache:
                     blocks[i].key, done = None, i + 1
             stored = [b for b in blocks if b.key is not None]
         device.store(blocks[done:] if done else blocks)
+        if self._eager:
+            for block in stored:
+                self._offer(block)
         if self._await_any or (self._awaited and not self._awaited.isdisjoint(keys)):
             self.better_match = True
         if stored and self.events.enabled:
@@ -334,13 +334,6 @@ class KVCache:
             size = self.block_size
             self._starts += range(len(self._starts) * size, 2 * full * size, size)
         return self._starts[first:full]
-
-    def _displace(self, orphan: Block) -> None:
-        """A block whose parent is gone makes way for its recomputed copy."""
-        self._record_removed([orphan], TIER_NAMES[orphan.tier], "orphan")
-        self._prefetched.discard(orphan)
-        pool = self.host if orphan.tier else self.device
-        pool.blank(orphan)  # type: ignore[union-attr]
 
     # ---- giving up ---------------------------------------------------------------------------------------------
 
@@ -409,8 +402,10 @@ class KVCache:
         return True
 
     def prefetch(self, block: Block) -> bool:
-        """Bring a cached host block up into a free device block; False if none is free or it is there already."""
-        if self.host is None or block.tier != HOST or block.key is None or not self.device.num_free:
+        """Bring a cached block of a lower tier up into a free device block; False if none is free or it is there
+        already.
+        """
+        if block.tier == DEVICE or block.key is None or not self.device.num_free:
             return False
         if self.lookup.copy_in(block, DEVICE) is not None:
             return False
@@ -422,22 +417,13 @@ class KVCache:
         if taken[0].key is not None:
             self._prefetched.add(taken[0])
             self.events.record(
-                ev.BLOCKS_PREFETCHED, blocks=(taken[0].index,), keys=(block.key,), medium="host"
+                ev.BLOCKS_PREFETCHED,
+                blocks=(taken[0].index,),
+                keys=(block.key,),
+                medium=TIER_NAMES[block.tier],
             )
         self.device.drop(taken, now)
         return True
-
-    def distrust(self, table: BlockTable) -> None:
-        """Forget every prefix that the table's blocks stand for, in every tier: their content may be wrong."""
-        for block in table.blocks:
-            if block.key is None:
-                continue
-            copies = [block] if self.host is None else [block, self.lookup.copy_in(block, HOST)]
-            for copy in copies:
-                if copy is not None:
-                    self.lookup.forget(copy)
-                    self._record_removed([copy], TIER_NAMES[copy.tier], "distrusted")
-                    (self.host if copy.tier else self.device).blank(copy)  # type: ignore[union-attr]
 
     def clear(self) -> None:
         """Forget every cached prefix in every tier. Running sequences keep their blocks, which nobody else finds."""
@@ -454,58 +440,13 @@ class KVCache:
     def _device_evicted(self, blocks: list[Block]) -> None:
         if self._prefetched or self.host is not None:
             for block in blocks:
-                if block in self._prefetched:
-                    self._prefetched.discard(block)
-                    self._on_prefetch_fate(block, "useless")
-                if self.host is not None and self.swap.store(block):
-                    self._keep_on_host(block)
+                self._useless(block)
+                self._offer(block)
                 self.lookup.forget(block)
         else:
             self.lookup.forget_all(blocks)
         if self.events.enabled:
             self._record_removed(blocks)
-
-    def _record_removed(self, blocks: list[Block], medium: str = "device", detail: str = "") -> None:
-        if not self.events.enabled:
-            return
-        self.events.record(
-            ev.BLOCK_REMOVED,
-            -1,
-            [b.index for b in blocks],
-            [b.key for b in blocks],  # type: ignore[misc]
-            None,
-            medium,
-            detail,
-        )
-
-    def _keep_on_host(self, block: Block) -> None:
-        """Copy a victim's content to the host tier, unless it is there."""
-        host, lookup = self.host, self.lookup
-        assert host is not None
-        if lookup.copy_in(block, HOST) is not None:
-            return
-        taken = host.take(1)
-        if taken is None:
-            return
-        copy, now = taken[0], self.events.time
-        copy.stand_for(block, host.births(1), now)
-        published = lookup.publish(copy)
-        if published.displaced is not None:
-            self._displace(published.displaced)
-        copy.serial = block.serial
-        if published.indexed:
-            self.moves.append(Move(DEVICE, block.index, HOST, copy.index))
-            host.store((copy,))
-            self.events.record(
-                ev.BLOCK_STORED, -1, (copy.index,), (block.key or 0,), block.parent_key, medium="host"
-            )
-        else:
-            copy.key = None
-        host.drop(taken, now)
-
-    def _host_evicted(self, blocks: list[Block]) -> None:
-        self.lookup.forget_all(blocks)
-        self._record_removed(blocks, "host")
 
     # ---- accounting --------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from pagedlab.policies.prefetch import Prefetch, QueueLookahead
 from pagedlab.policies.reservation import Reservation
 from pagedlab.policies.scheduler import ChunkedPrefill, IterationLevel, Scheduler, StaticBatch
 from pagedlab.policies.shelf import costs, learned, lookahead, prefix_tree, timed
-from pagedlab.policies.swap import Drop, HostTier, Swap
+from pagedlab.policies.swap import DiskTier, Drop, HostTier, Swap
 
 __all__ = [
     "LFU",
@@ -34,6 +34,7 @@ __all__ = [
     "Block",
     "ChainedHash",
     "ChunkedPrefill",
+    "DiskTier",
     "Drop",
     "Eviction",
     "HostTier",
