@@ -54,6 +54,12 @@ def walks() -> None:
         test_cache_machine.random_walk(seed, steps=100)
 
 
+def disk_walks() -> None:
+    """The same with small tiers above a disk."""
+    for seed in range(40):
+        test_cache_machine.random_walk(seed, steps=100, disk=True)
+
+
 def outputs() -> None:
     """Law 5 and 7 on fixed runs that are full of swapping, sharing, preemption and orphans."""
     fixed = [
@@ -140,6 +146,7 @@ def accounting() -> None:
 
 CHECKS: dict[str, Callable[[], Any]] = {
     "walks": walks,
+    "disk walks": disk_walks,
     "outputs": outputs,
     "standing": standing,
     "arrivals": arrivals,
@@ -154,6 +161,8 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "lru in use": partial(test_eviction.test_a_block_in_use_is_never_named, "lru"),
     "lfu in use": partial(test_eviction.test_a_block_in_use_is_never_named, "lfu"),
     "disk faults": test_disk_tier.test_the_planted_faults_are_survived,
+    "spoiled host block": test_disk_tier.test_who_lies_in_a_spoiled_host_block_starts_over,
+    "spoils": test_disk_tier.test_spoils_follow_the_moves,
     "doubt in every tier": test_cache_machine.test_doubt_reaches_every_tier,
     "seats": test_scheduler.test_samples_to_come_take_a_seat,
     "radix": test_lookup.test_radix_goes_into_the_middle_of_a_block_and_takes_the_longest_way,
@@ -388,7 +397,7 @@ BUGS = [
         "_lower_evicted",
         "self.lookup.forget_all(blocks)",
         "pass",
-        "walks",
+        "disk walks",
     ),
     Bug(
         "what comes up from the disk is taken for the host's",
@@ -396,7 +405,7 @@ BUGS = [
         "_load",
         "Move(source.tier, ",
         "Move(1, ",
-        "walks",
+        "disk walks",
     ),
     Bug(
         "what is being loaded from the disk is not pinned",
@@ -404,7 +413,7 @@ BUGS = [
         "admit",
         "pool.share(here)",
         "pool.tier == 2 or pool.share(here)",
-        "walks",
+        "disk walks",
     ),
     Bug(
         "a copy that failed can still be found",
@@ -428,7 +437,7 @@ BUGS = [
         "_suffer",
         "self.cache.release(seq.table)",
         "pass",
-        "disk faults",
+        "spoiled host block",
     ),
     Bug(
         "what is copied on from a spoiled block is trusted",
@@ -436,7 +445,7 @@ BUGS = [
         "passed_on",
         "self._spoiled.add((move.dst_tier, move.dst))",
         "pass",
-        "disk faults",
+        "spoils",
     ),
     Bug(
         "what could not be read is tried again",

@@ -1,9 +1,14 @@
-"""The disk tier: what goes down to it and when, and that a disk that fails costs a recompute and never a wrong token."""
+"""The disk tier: what goes down to it and when; a disk that fails costs a recompute and never a wrong token."""
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -12,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import (
     Scenario,
+    ended,
     event_rows,
     examples,
     mechanisms,
@@ -23,13 +29,18 @@ from test_faults import Fault, persist
 from test_law5_stub import conversation
 from test_law6 import left_behind, quiet, scripts, simulated
 
+import pagedlab as pl
 from pagedlab import events as ev
 from pagedlab.config import Config
+from pagedlab.costs import Calibrated, Roofline
 from pagedlab.engine.clock import StepClock, VirtualClock
 from pagedlab.engine.engine import Engine
-from pagedlab.engine.orders import DEVICE, DISK, HOST, Move
+from pagedlab.engine.orders import DEVICE, DISK, HOST, Damage, Fallible, Move, StepOrders, TierFault
 from pagedlab.errors import ConfigError
+from pagedlab.executors.disk import BlockFile, SlotFault, Spoils
+from pagedlab.executors.simulated import SimulatedExecutor
 from pagedlab.executors.stub import StubExecutor
+from pagedlab.lab import measures
 from pagedlab.policies.swap import ADMISSIONS
 from pagedlab.registry import make
 
@@ -286,3 +297,457 @@ def test_faults_of_the_disk_and_of_the_executor_together(scenario: Scenario, see
         engine.add(request)
     assert persist(engine, scenario) == executor.raised
     says_the_truth(engine, scenario)
+
+
+def test_who_lies_in_a_spoiled_host_block_starts_over() -> None:
+    """Swapped out in the very step that had a load of its fail: what was saved is what was not there."""
+    scenario = conversation("chained-hash", "disk")
+    executor = scenario.executor()
+    engine = Engine(scenario.config, executor, clock=StepClock())
+    for request in scenario.requests:
+        engine.add(request)
+    while not (swapped := [s for s in engine.waiting if s.table.swapped]):
+        assert engine.step(), "nobody was ever swapped out"
+    (seq,) = swapped
+    lost = seq.table.host_blocks[0].index
+    executor._slots[HOST][lost] = [-7] * engine.config.block_size
+    assert engine._suffer(Damage([TierFault(DISK, 0, "damaged")], {(HOST, lost)})) == []
+    engine.check()
+    assert not seq.table.swapped
+    engine.run()
+    ended(engine)
+    says_the_truth(engine, scenario)
+    assert engine.totals.tier_faults == 1
+
+
+def test_spoils_follow_the_moves() -> None:
+    spoils = Spoils()
+    assert spoils.take() is None
+    load, save, down = Move(DISK, 5, DEVICE, 1), Move(DEVICE, 1, HOST, 2), Move(HOST, 2, DISK, 6)
+    spoils.failed(load, "damaged")
+    assert spoils.passed_on(save)
+    assert spoils.passed_on(down)
+    over = Move(DEVICE, 4, HOST, 2)
+    assert not spoils.passed_on(over)
+    spoils.done(over)
+    assert not spoils.passed_on(down)
+    spoils.done(down)
+    damage = spoils.take()
+    assert damage is not None
+    assert damage.faults == [TierFault(DISK, 5, "damaged")]
+    assert damage.spoiled == {(DISK, 5), (DEVICE, 1)}, "the places that are wrong now, and no others"
+    assert spoils.take() is None
+    assert not spoils.passed_on(save)
+    spoils.failed(down, "no space")
+    damage = spoils.take()
+    assert damage is not None
+    assert damage == ([TierFault(DISK, 6, "no space")], {(DISK, 6)}), (
+        "what could not be stored is whole above"
+    )
+
+
+# ---- the file ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[BlockFile]:
+    made = BlockFile(4, 1000, str(tmp_path))
+    yield made
+    made.close()
+
+
+def put(file: BlockFile, slot: int, content: bytes) -> None:
+    file.staging[:] = content
+    file.store(slot)
+
+
+def get(file: BlockFile, slot: int) -> bytes:
+    file.staging[:] = bytes(file.block_bytes)
+    file.load(slot)
+    return bytes(file.staging)
+
+
+CONTENT = bytes(i * 7 % 251 for i in range(1000))
+OTHER = bytes(i * 11 % 241 for i in range(1000))
+
+
+def test_slots_hold_what_was_stored_last(file: BlockFile) -> None:
+    with pytest.raises(SlotFault, match="not stored"):
+        get(file, 2)
+    put(file, 2, CONTENT)
+    put(file, 3, OTHER)
+    assert get(file, 2) == CONTENT
+    assert get(file, 3) == OTHER
+    put(file, 2, OTHER)
+    assert get(file, 2) == OTHER
+    file.forget(2)
+    with pytest.raises(SlotFault, match="not stored"):
+        get(file, 2)
+    assert get(file, 3) == OTHER
+
+
+def test_the_file_is_private_and_goes(tmp_path: Path) -> None:
+    file = BlockFile(4, 1000, str(tmp_path))
+    (path,) = tmp_path.iterdir()
+    assert path == file.path
+    state = path.stat()
+    assert stat.S_ISREG(state.st_mode)
+    assert stat.S_IMODE(state.st_mode) == 0o600
+    assert state.st_size in (0, 4 * file.stride), "reserved as a whole, or not at all"
+    assert file.stride % 4096 == 0
+    file.close()
+    file.close()
+    assert not list(tmp_path.iterdir())
+    forgotten = BlockFile(4, 1000, str(tmp_path))
+    del forgotten
+    assert not list(tmp_path.iterdir()), "nobody closed it, and it stays"
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"disk_path .*nowhere.*folder") as caught:
+        BlockFile(4, 1000, str(tmp_path / "nowhere"))
+    assert "\n" not in str(caught.value)
+
+
+def test_every_flipped_bit_is_noticed(file: BlockFile) -> None:
+    put(file, 1, CONTENT)
+    length = 24 + len(CONTENT)
+    for bit in range(0, 8 * length, 37):
+        at, mask = file.stride + bit // 8, 1 << bit % 8
+        (byte,) = os.pread(file.fd, 1, at)
+        os.pwrite(file.fd, bytes([byte ^ mask]), at)
+        with pytest.raises(SlotFault, match="damaged"):
+            get(file, 1)
+        os.pwrite(file.fd, bytes([byte]), at)
+        assert get(file, 1) == CONTENT
+
+
+def test_a_truncated_file_is_noticed(file: BlockFile) -> None:
+    put(file, 0, CONTENT)
+    put(file, 3, CONTENT)
+    os.ftruncate(file.fd, 3 * file.stride + 500)
+    with pytest.raises(SlotFault, match="truncated"):
+        get(file, 3)
+    assert get(file, 0) == CONTENT
+    os.ftruncate(file.fd, 0)
+    with pytest.raises(SlotFault, match="truncated"):
+        get(file, 0)
+    put(file, 0, OTHER)
+    assert get(file, 0) == OTHER, "and it can be written to again"
+
+
+def test_a_write_that_never_arrived_is_noticed(file: BlockFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(file, 1, CONTENT)
+    monkeypatch.setattr(os, "pwrite", lambda fd, content, at: len(content))
+    put(file, 1, OTHER)
+    with pytest.raises(SlotFault, match="stale"):
+        get(file, 1)
+
+
+def test_a_slot_in_another_ones_place_is_noticed(file: BlockFile) -> None:
+    put(file, 1, CONTENT)
+    put(file, 2, OTHER)
+    os.pwrite(file.fd, os.pread(file.fd, file.stride, file.stride), 2 * file.stride)
+    with pytest.raises(SlotFault, match="stale"):
+        get(file, 2)
+
+
+def raising(number: int) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("call", "behaviour", "words"),
+    [
+        ("pwrite", raising(errno.ENOSPC), "no space"),
+        ("pwrite", raising(errno.EIO), "write failed"),
+        ("pwrite", lambda fd, content, at: len(content) // 2, "short write"),
+        ("preadv", raising(errno.EIO), "read failed"),
+        ("preadv", lambda fd, buffers, at: len(buffers[0]) // 2, "truncated"),
+    ],
+)
+def test_what_the_system_refuses_is_a_fault_of_the_slot(
+    file: BlockFile, call: str, behaviour: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(file, 0, CONTENT)
+    put(file, 1, CONTENT)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, behaviour)
+        with pytest.raises(SlotFault, match=words):
+            put(file, 1, OTHER) if call == "pwrite" else get(file, 1)
+    if call == "pwrite":
+        with pytest.raises(SlotFault, match="not stored"):
+            get(file, 1)
+    assert get(file, 0) == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("number", "stores"),
+    [(errno.ENOSPC, False), (errno.EOPNOTSUPP, True), (errno.EINVAL, True), (errno.EIO, None)],
+)
+def test_room_that_cannot_be_reserved(
+    number: int, stores: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is not enough room, nothing is stored, rather than filling the disk to its last byte; a file system
+    that cannot reserve any is used as it is."""
+    monkeypatch.setattr(os, "posix_fallocate", raising(number))
+    if stores is None:
+        with pytest.raises(ConfigError, match="no room could be reserved"):
+            BlockFile(4, 1000, str(tmp_path))
+        assert not list(tmp_path.iterdir())
+        return
+    file = BlockFile(4, 1000, str(tmp_path))
+    if stores:
+        put(file, 3, CONTENT)
+        assert get(file, 3) == CONTENT
+    else:
+        with pytest.raises(SlotFault, match="no space"):
+            put(file, 3, CONTENT)
+        assert file.path.stat().st_size == 0
+    file.close()
+
+
+# ---- faults, on a model ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny: Path, torch_threads: int) -> Any:
+    import torch
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        tiny, dtype=torch.float64, attn_implementation="eager"
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model: Any) -> Any:
+    from test_law5_model import Reference
+
+    return Reference(tiny_model)
+
+
+def model_scenario(folder: Path, admission: str = "write-back") -> Scenario:
+    scenario = turns(make("swap", "disk", admission=admission))
+    scenario.config = scenario.config.replace(disk_path=str(folder), kernel="gather-sdpa")
+    return scenario
+
+
+def serve_model(
+    model: Any, scenario: Scenario, meddle: Callable[[Any], None] = lambda executor: None
+) -> Engine:
+    """Serve with the model, on a cache full of NaN; ``meddle`` is called after every step."""
+    from pagedlab.executors.model import ModelExecutor
+
+    executor = ModelExecutor(
+        model,
+        layout=make("layout", "padded"),  # type: ignore[arg-type]
+        kernel=make("kernel", "gather-sdpa"),  # type: ignore[arg-type]
+        poison=True,
+    )
+    assert isinstance(executor, Fallible)
+    try:
+        return serve(scenario, executor, after_step=lambda engine: meddle(executor))
+    finally:
+        executor.release()
+        assert executor.disk is None
+
+
+def flip(executor: Any) -> None:
+    """One bit in every slot."""
+    for slot in range(executor.disk.num_blocks):
+        at = slot * executor.disk.stride + 24 + slot
+        found = os.pread(executor.disk.fd, 1, at)
+        if found:
+            os.pwrite(executor.disk.fd, bytes([found[0] ^ 4]), at)
+
+
+def cut(executor: Any) -> None:
+    os.ftruncate(executor.disk.fd, 0)
+
+
+@pytest.mark.parametrize("admission", ADMISSIONS)
+def test_a_model_says_the_same_with_a_disk(
+    tiny_model: Any, reference: Any, tmp_path: Path, admission: str
+) -> None:
+    from test_law5_model import says_what_generate_says
+
+    scenario = model_scenario(tmp_path, admission)
+    engine = serve_model(tiny_model, scenario)
+    says_what_generate_says(engine, scenario, reference)
+    assert engine.totals.moved.to_disk > 0
+    assert engine.totals.moved.from_disk > 0
+    assert engine.totals.tier_faults == 0
+    assert not list(tmp_path.iterdir()), "the file is still there"
+
+
+@pytest.mark.parametrize(("meddle", "reason"), [(flip, "damaged"), (cut, "truncated")])
+def test_a_damaged_file_costs_a_recompute_and_no_wrong_token(
+    tiny_model: Any, reference: Any, tmp_path: Path, meddle: Callable[[Any], None], reason: str
+) -> None:
+    from test_law5_model import says_what_generate_says
+
+    scenario = model_scenario(tmp_path)
+    engine = serve_model(tiny_model, scenario, meddle)
+    says_what_generate_says(engine, scenario, reference)
+    found = faults_of(engine)
+    assert {e.medium for e in found} == {"disk"}
+    # What is written beyond the end makes the file long again, and a slot before it reads as zeros.
+    assert reason in {e.detail for e in found} <= {reason, "damaged"}
+    assert engine.totals.tier_faults == len(found) > 0
+    assert mechanisms(engine)["preempted by fault"] > 0
+    assert engine.totals.recomputed_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "behaviour", "reason"),
+    [
+        ("pwrite", raising(errno.ENOSPC), "no space"),
+        ("pwrite", lambda fd, content, at: len(content) // 2, "short write"),
+        ("posix_fallocate", raising(errno.ENOSPC), "no space"),
+        ("preadv", raising(errno.EIO), "read failed"),
+    ],
+)
+def test_a_full_or_broken_disk_costs_a_recompute_and_no_wrong_token(
+    tiny_model: Any,
+    reference: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    behaviour: Any,
+    reason: str,
+) -> None:
+    from test_law5_model import says_what_generate_says
+
+    scenario = model_scenario(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, behaviour)
+        engine = serve_model(tiny_model, scenario)
+    says_what_generate_says(engine, scenario, reference)
+    found = faults_of(engine)
+    assert {(e.medium, e.detail) for e in found} == {("disk", reason)}
+    assert engine.totals.tier_faults == len(found) > 0
+
+
+@pytest.mark.parametrize(("call", "error"), [("pwrite", MemoryError), ("preadv", KeyboardInterrupt)])
+def test_a_transfer_that_is_killed_is_done_again(
+    tiny_model: Any,
+    reference: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    error: type[BaseException],
+) -> None:
+    """Half of the block has moved when it happens; the next step finds the move still to be done."""
+    from test_law5_model import says_what_generate_says
+
+    from pagedlab.executors.model import ModelExecutor
+
+    scenario = model_scenario(tmp_path)
+    executor = ModelExecutor(
+        tiny_model,
+        layout=make("layout", "padded"),  # type: ignore[arg-type]
+        kernel=make("kernel", "gather-sdpa"),  # type: ignore[arg-type]
+        poison=True,
+    )
+    own, calls = getattr(os, call), iter(range(10**6))
+
+    def killed(fd: int, content: Any, at: int) -> int:
+        if next(calls) % 3 == 1:
+            half = content[: len(content) // 2] if call == "pwrite" else [content[0][: len(content[0]) // 2]]
+            own(fd, half, at)
+            raise error
+        done: int = own(fd, content, at)
+        return done
+
+    engine = Engine(scenario.config, executor, clock=StepClock())
+    for request in scenario.requests:
+        engine.add(request)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, killed)
+            assert persist(engine, scenario, error) > 2
+    finally:
+        executor.release()
+    says_what_generate_says(engine, scenario, reference)
+    assert engine.totals.tier_faults == 0
+
+
+# ---- what is told of it, and what it costs ---------------------------------------------------------------------------
+
+
+class Noting(StubExecutor):
+    """Counts what it moves by the tiers between which it goes."""
+
+    def prepare(self, **sizes: Any) -> None:
+        self.ways: Counter[tuple[int, int]] = Counter()
+        super().prepare(**sizes)
+
+    def move(self, moves: Any) -> None:
+        self.ways.update((m.src_tier, m.dst_tier) for m in moves)
+        super().move(moves)
+
+
+@pytest.mark.parametrize("admission", ADMISSIONS)
+def test_a_run_tells_what_went_over_the_disk(admission: str) -> None:
+    scenario = turns(make("swap", "disk", admission=admission))
+    executor = Noting()
+    run = pl.run(scenario.config, scenario.requests, executor=executor, clock="step", progress=False)
+    said, ways = run.summary(), executor.ways
+    assert said["blocks_to_disk"] == ways[HOST, DISK] > 0
+    assert said["blocks_from_disk"] == ways[DISK, DEVICE] > 0
+    assert said["blocks_to_device"] == ways[DISK, DEVICE] + ways[HOST, DEVICE]
+    assert said["tier_faults"] == 0
+    for link in measures.LINKS:
+        assert run.steps[f"blocks_{link}"].sum() == said[f"blocks_{link}"]
+    assert run.steps.moves.sum() == sum(ways.values())
+    assert "disk tier" in run._repr_html_()
+    assert "disk faults" not in run._repr_html_()
+    labels = [line.get_label() for line in run.plot("moved").axes[0].lines]
+    assert {"host to disk", "disk to host"} <= set(labels)
+    executor.disk_fault = failing(0.5, 0)
+    broken = pl.run(scenario.config, scenario.requests, executor=executor, clock="step", progress=False)
+    assert broken.summary()["tier_faults"] == (broken.events.kind == ev.TIER_FAULT).sum() > 0
+    assert broken.tokens == run.tokens
+    assert "disk faults" in broken._repr_html_()
+
+
+def test_reading_and_writing_take_their_time_beside_the_step() -> None:
+    """What goes over the host link meanwhile is not added, for it waits for nothing else."""
+    roofline = Roofline(model="llama-3.1-8b", hardware="h100-sxm")
+    executor = SimulatedExecutor(roofline, shape=roofline.shape)
+    executor.prepare(num_blocks=9, block_size=16, host_blocks=9, max_num_seqs=1, disk_blocks=9)
+    card, size = roofline.accelerator, executor.kv_bytes_per_block
+    latency = round(1e12 * card.disk_latency_s)
+
+    def takes(*moves: Move) -> int:
+        return executor.execute(StepOrders(0, deque(moves), [])).duration_ps
+
+    up = [Move(DISK, i % 9, DEVICE, i % 9) for i in range(900)]
+    down = [Move(HOST, i % 9, DISK, i % 9) for i in range(900)]
+    over = [Move(DEVICE, i % 9, HOST, i % 9) for i in range(900)]
+    read, write = (latency + 900 * size * 1e12 / (0.8 * rate) for rate in (card.disk_read, card.disk_write))
+    assert takes(*up) == pytest.approx(read, rel=1e-6)
+    assert takes(*down) == pytest.approx(write, rel=1e-6)
+    assert takes(*up, *down) == pytest.approx(read + write, rel=1e-6)
+    assert takes(*up, *over) == takes(*up)
+    assert takes(*over) < takes(*up) / 5, "the host's link is faster than a disk"
+    calibrated = Calibrated.from_roofline(roofline)
+    for link in ("host", "disk-read", "disk-write"):
+        assert calibrated.transfer_ps(10**9, link) == pytest.approx(
+            roofline.transfer_ps(10**9, link), rel=1e-6
+        )
+
+
+def test_a_slower_disk_makes_a_simulation_slower() -> None:
+    scenario = turns("disk")
+    took = {}
+    for share in (1.0, 0.001):
+        cost = Roofline(model="llama-3.1-8b", block_size=2, disk_efficiency=share, step_overhead_us=0)
+        run = pl.simulate(scenario.config, scenario.requests, cost=cost, progress=False)
+        assert run.summary()["bytes_from_disk"] > 0
+        took[share] = run.summary()["duration"]
+    assert took[0.001] > took[1.0]

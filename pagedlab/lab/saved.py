@@ -17,12 +17,16 @@ from pagedlab.errors import ResultsError
 from pagedlab.lab.measures import LINKS, Columns
 from pagedlab.lab.results import COLUMNS, Run
 
-FORMAT = 2
+FORMAT = 3
 """Of what `save_run` writes. It rises when a table or the totals get something new; older ones can still be read."""
 _ADDED: dict[int, dict[str, tuple[str, ...]]] = {
     2: {
         "steps": ("blocks_to_host", "blocks_to_device", "blocks_copied", "recomputed_tokens"),
         "totals": ("blocks_to_host", "blocks_to_device", "blocks_copied"),
+    },
+    3: {
+        "steps": ("blocks_to_disk", "blocks_from_disk"),
+        "totals": ("blocks_to_disk", "blocks_from_disk", "tier_faults"),
     },
 }
 """What came with each format: what a run of an older one does not know is None."""
@@ -36,6 +40,7 @@ _TOTALS = [
     "recomputed_tokens",
     "preemptions",
     "swapped_out",
+    "tier_faults",
     "prefetch_done",
     "prefetch_refused",
     "prefetch_useful",
