@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from subprocess import DEVNULL, PIPE
 from typing import Any
 
 import pytest
@@ -229,10 +231,12 @@ def faults_of(engine: Engine) -> list[Any]:
     st.sampled_from((0.1, 0.5, 1.0)),
     st.integers(0, 5),
     st.sampled_from(((DISK,), (DEVICE,), (DISK, DEVICE))),
+    st.booleans(),
 )
 def test_a_disk_that_fails_never_changes_what_is_said(
-    scenario: Scenario, rate: float, seed: int, ways: tuple[int, ...]
+    scenario: Scenario, rate: float, seed: int, ways: tuple[int, ...], pipelined: bool
 ) -> None:
+    scenario.config = scenario.config.replace(async_scheduling=pipelined)
     engine = serve(scenario, with_faults(scenario, rate, seed, ways=ways))
     says_the_truth(engine, scenario)
     found = faults_of(engine)
@@ -632,6 +636,67 @@ def test_a_full_or_broken_disk_costs_a_recompute_and_no_wrong_token(
     assert engine.totals.tier_faults == len(found) > 0
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 128 KiB, mounted where nobody else sees it and gone with the process that holds it."""
+    script = 'mount -t tmpfs -o size=128k tmpfs "$0" && echo ready && read -r line'
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, str(tmp_path)]
+    try:
+        holder = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True)
+    except OSError:
+        pytest.skip("no unshare here")
+    with holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        try:
+            if holder.stdout.readline() != "ready\n":
+                pytest.skip("no file system may be mounted here")
+            place = Path(f"/proc/{holder.pid}/root{tmp_path}")
+            if not os.access(place, os.W_OK):
+                pytest.skip("what is mounted cannot be reached")
+            yield place
+        finally:
+            holder.stdin.close()
+
+
+@pytest.mark.parametrize("reserving", [True, False])
+def test_a_file_system_that_is_full(
+    tiny_model: Any, reference: Any, small_disk: Path, monkeypatch: pytest.MonkeyPatch, reserving: bool
+) -> None:
+    """A real one. If its room can be reserved it is too small from the start, else it fills up on the way."""
+    from test_law5_model import says_what_generate_says
+
+    scenario = model_scenario(small_disk)
+    if not reserving:
+        monkeypatch.setattr(os, "posix_fallocate", raising(errno.EOPNOTSUPP))
+    engine = serve_model(tiny_model, scenario)
+    says_what_generate_says(engine, scenario, reference)
+    found = faults_of(engine)
+    assert found
+    assert {e.detail for e in found} <= {"no space", "short write"}
+    assert (engine.totals.moved.to_disk > len(found)) == (not reserving), "some fit, or none"
+    assert not list(small_disk.iterdir())
+
+
+def test_a_limit_on_file_sizes_is_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel itself cuts a write short, and refuses the next."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(os, "posix_fallocate", raising(errno.EOPNOTSUPP))
+    file = BlockFile(4, 1000, str(tmp_path))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file.stride + 100, before[1]))
+        put(file, 0, CONTENT)
+        with pytest.raises(SlotFault, match="short write"):
+            put(file, 1, CONTENT)
+        with pytest.raises(SlotFault, match="no space"):
+            put(file, 2, CONTENT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert get(file, 0) == CONTENT
+    file.close()
+
+
 @pytest.mark.parametrize(("call", "error"), [("pwrite", MemoryError), ("preadv", KeyboardInterrupt)])
 def test_a_transfer_that_is_killed_is_done_again(
     tiny_model: Any,
@@ -751,3 +816,21 @@ def test_a_slower_disk_makes_a_simulation_slower() -> None:
         assert run.summary()["bytes_from_disk"] > 0
         took[share] = run.summary()["duration"]
     assert took[0.001] > took[1.0]
+
+
+def test_the_model_and_its_simulation_move_the_same(tiny: Path, tmp_path: Path) -> None:
+    config = pl.Config(
+        num_blocks=24,
+        swap=make("swap", "disk", admission="write-through"),
+        host_blocks=12,
+        disk_blocks=80,
+        disk_path=str(tmp_path),
+        max_model_len=320,
+    )
+    workload = pl.workloads.chat(conversations=4, turns=3, max_tokens=12)
+    real = pl.run(config, workload, clock="step", progress=False)
+    again = pl.simulate(config, workload, clock="step", outputs=real, progress=False)
+    assert real.summary()["blocks_from_disk"] > 0
+    for table in ("events", "requests", "memory", "steps"):
+        assert real.columns(table) == again.columns(table)
+    assert not list(tmp_path.iterdir()), "the model went back to the shelf and its file stayed"
