@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import test_accounting
@@ -32,12 +33,13 @@ from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.pool import BlockPool
 from pagedlab.engine.engine import Engine
 from pagedlab.engine.plan import Plan
-from pagedlab.executors.disk import Spoils
+from pagedlab.executors.disk import BlockFile, Spoils
 from pagedlab.policies import LFU, LRU, ChainedHash, RadixTree
 from pagedlab.policies.allocator import FirstFit
 from pagedlab.policies.eviction import Eviction
 from pagedlab.policies.lookup import Prefix
 from pagedlab.policies.reservation import Pow2
+from pagedlab.policies.swap import DiskTier
 
 
 def inner(test: Any) -> Callable[..., None]:
@@ -90,6 +92,20 @@ def arrivals() -> None:
     engine = serve(scenario)
     leader = engine.groups["late"].sequences[0]
     assert leader.admitted_at == leader.group.arrival
+
+
+def disk_file() -> None:
+    """What is wrong in the file is noticed."""
+    for check in (
+        test_disk_tier.test_slots_hold_what_was_stored_last,
+        test_disk_tier.test_every_flipped_bit_is_noticed,
+        test_disk_tier.test_a_truncated_file_is_noticed,
+        test_disk_tier.test_a_slot_in_another_ones_place_is_noticed,
+    ):
+        with TemporaryDirectory() as folder:
+            file = BlockFile(4, 1000, folder)
+            check(file)
+            file.close()
 
 
 def tenants() -> None:
@@ -162,6 +178,9 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "lfu in use": partial(test_eviction.test_a_block_in_use_is_never_named, "lfu"),
     "disk faults": test_disk_tier.test_the_planted_faults_are_survived,
     "spoiled host block": test_disk_tier.test_who_lies_in_a_spoiled_host_block_starts_over,
+    "disk file": disk_file,
+    "second use": test_disk_tier.test_on_second_use_takes_what_was_hit_or_comes_again,
+    "what remains to be copied": test_disk_tier.test_what_is_written_through_lies_below_as_soon_as_it_is_stored,
     "spoils": test_disk_tier.test_spoils_follow_the_moves,
     "doubt in every tier": test_cache_machine.test_doubt_reaches_every_tier,
     "seats": test_scheduler.test_samples_to_come_take_a_seat,
@@ -446,6 +465,31 @@ BUGS = [
         "self._spoiled.add((move.dst_tier, move.dst))",
         "pass",
         "spoils",
+    ),
+    Bug("a flipped bit is overlooked", BlockFile, "load", 'raise SlotFault("damaged")', "pass", "disk file"),
+    Bug(
+        "a short read is taken for whole",
+        BlockFile,
+        "load",
+        'raise SlotFault("truncated")',
+        "pass",
+        "disk file",
+    ),
+    Bug(
+        "keys given up once are remembered for ever",
+        DiskTier,
+        "store",
+        "len(once) > self._capacities[tier]",
+        "False",
+        "second use",
+    ),
+    Bug(
+        "what the last step stored through is never copied",
+        Engine,
+        "step",
+        "self._finish_moves()",
+        "self.cache.moves.clear()",
+        "what remains to be copied",
     ),
     Bug(
         "what could not be read is tried again",

@@ -38,6 +38,7 @@ from pagedlab.costs import Calibrated, Roofline
 from pagedlab.engine.clock import StepClock, VirtualClock
 from pagedlab.engine.engine import Engine
 from pagedlab.engine.orders import DEVICE, DISK, HOST, Damage, Fallible, Move, StepOrders, TierFault
+from pagedlab.engine.request import SamplingParams
 from pagedlab.errors import ConfigError
 from pagedlab.executors.disk import BlockFile, SlotFault, Spoils
 from pagedlab.executors.simulated import SimulatedExecutor
@@ -79,8 +80,8 @@ def test_every_admission_brings_blocks_to_the_disk_and_back(admission: str) -> N
 
 
 def test_what_is_written_through_lies_below_as_soon_as_it_is_stored() -> None:
-    """Nothing is evicted here, so nothing but writing through can bring anything down."""
-    requests = conversation().requests[:2]
+    """Nothing is evicted here, so nothing but writing through can bring anything down, the last step's block too."""
+    requests = [replace(r, sampling=SamplingParams(max_tokens=5)) for r in conversation().requests[:2]]
     for admission in ADMISSIONS:
         swap = make("swap", "disk", admission=admission)
         config = Config(swap=swap, num_blocks=64, block_size=2, host_blocks=64, disk_blocks=64)

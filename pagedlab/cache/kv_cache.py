@@ -180,7 +180,7 @@ class KVCache(Tiers):
         here = found
         if self.host is not None:
             here = [b for b in found if not b.tier]
-            for pool, low in self._below(found):
+            for pool, low in self._below(found) if len(here) < len(found) else ():
                 pool.eviction.hit_all(low)
         self.device.eviction.hit_all(here)
         if self._prefetched:
@@ -440,7 +440,8 @@ class KVCache(Tiers):
     def _device_evicted(self, blocks: list[Block]) -> None:
         if self._prefetched or self.host is not None:
             for block in blocks:
-                self._useless(block)
+                if self._prefetched:
+                    self._useless(block)
                 self._offer(block)
                 self.lookup.forget(block)
         else:
