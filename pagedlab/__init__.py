@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pagedlab import policies as policies
+    from pagedlab import testing as testing
     from pagedlab import workloads as workloads
     from pagedlab.config import PRESETS as PRESETS
     from pagedlab.config import Config as Config
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pagedlab.engine.request import SamplingParams as SamplingParams
     from pagedlab.errors import ConfigError as ConfigError
     from pagedlab.errors import InvariantBroken as InvariantBroken
+    from pagedlab.errors import LawBroken as LawBroken
     from pagedlab.errors import ModelNotServed as ModelNotServed
     from pagedlab.errors import PagedLabError as PagedLabError
     from pagedlab.errors import PolicyError as PolicyError
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from pagedlab.registry import list_policies as list_policies
     from pagedlab.registry import make as make
     from pagedlab.registry import register as register
+    from pagedlab.testing.check import check_policy as check_policy
     from pagedlab.workloads import Workload as Workload
 
 __version__ = "0.1.0"
@@ -58,6 +61,7 @@ _HOME = {
     "EventLog": "pagedlab.events",
     "Hints": "pagedlab.engine.request",
     "InvariantBroken": "pagedlab.errors",
+    "LawBroken": "pagedlab.errors",
     "Live": "pagedlab.lab.live",
     "MissRatioCurve": "pagedlab.lab.replay",
     "ModelNotServed": "pagedlab.errors",
@@ -73,6 +77,7 @@ _HOME = {
     "Sweep": "pagedlab.lab.sweep",
     "Workload": "pagedlab.workloads",
     "WorkloadError": "pagedlab.errors",
+    "check_policy": "pagedlab.testing.check",
     "compare": "pagedlab.lab.compare",
     "expand": "pagedlab.lab.grid",
     "list_policies": "pagedlab.registry",
@@ -86,7 +91,7 @@ _HOME = {
     "start": "pagedlab.lab.live",
     "sweep": "pagedlab.lab.sweep",
 }
-_MODULES = ("policies", "workloads", "errors", "widgets")
+_MODULES = ("policies", "workloads", "errors", "widgets", "testing")
 
 __all__ = sorted([*_HOME, *_MODULES, "__version__"])
 

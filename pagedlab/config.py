@@ -321,6 +321,12 @@ _CONTIGUOUS = {"allocator": "first-fit", "lookup": "none", "scheduler": "iterati
 
 PRESETS: dict[str, dict[str, Any]] = {
     "vllm": {"allocator": "fifo", "null_block": True},
+    "vllm-v0": {
+        "lookup": "none",
+        "reservation": "full-prompt",
+        "scheduler": "prefill-first",
+        "watermark": 0.01,
+    },
     "sglang": {"lookup": "radix"},
     "orca-max": {**_CONTIGUOUS, "reservation": "max"},
     "orca-pow2": {**_CONTIGUOUS, "reservation": "pow2"},

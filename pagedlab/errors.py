@@ -26,6 +26,10 @@ class InvariantBroken(PagedLabError, AssertionError):
     """The cache's own bookkeeping contradicts itself: a bug in pagedlab, never a user's fault."""
 
 
+class LawBroken(PagedLabError, AssertionError):
+    """A policy broke one of the laws of its slot; the message is the shortest story that shows it."""
+
+
 class ResultsError(PagedLabError, ValueError):
     """A saved run cannot be read: the message names the file and what is wrong with it."""
 

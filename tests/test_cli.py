@@ -227,6 +227,22 @@ def test_compare_counts_goodput_by_a_service_level() -> None:
         assert refused(*command, "--slo", text)
 
 
+def test_compare_replays_and_measures_the_distance_to_belady() -> None:
+    command = ("compare", "scan-loop", "--how", "replay", "--requests", "60", "--set", "eviction=lru,mru")
+    shown = invoke(*command, "--set", "num_blocks=8,16").stdout
+    assert "belady" in shown
+    assert "16 blocks" in shown
+    lru, mru, belady = answer(*command, "--num-blocks", "8", "--json")["results"]
+    assert (lru["eviction"], mru["eviction"], belady["eviction"]) == ("lru", "mru", "belady")
+    assert belady["distance_to_belady"] == 0
+    assert lru["distance_to_belady"] == pytest.approx(belady["hit_ratio"] - lru["hit_ratio"])
+
+
+@pytest.mark.parametrize("option", [("--hardware", "h100"), ("--slo", "ttft=1"), ("--set", "swap=host")])
+def test_a_replay_has_no_engine(option: tuple[str, str]) -> None:
+    assert refused("compare", "scan-loop", "--how", "replay", *option).startswith(f"pagedlab: {option[0]}")
+
+
 @pytest.mark.parametrize("width", [100, 160])
 def test_a_comparison_of_many_is_printed_whole(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pagedlab.cli.output._NO_TERMINAL", width)

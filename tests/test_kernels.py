@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from pagedlab.errors import ConfigError
 from pagedlab.kernels.base import AttentionBatch, PagedAttention
 from pagedlab.kernels.dense import dense_attention
 from pagedlab.kernels.layouts import BlockOf
-from pagedlab.policies.kernel import CPUPaged, Dense, GatherSDPA, Kernel
+from pagedlab.policies.kernel import CPUPaged, Dense, GatherSDPA, Kernel, TritonPaged
 from pagedlab.policies.layout import CSR, Layout, Padded
+from pagedlab.registry import lookup_class, policy_names
 
 KERNELS = [Dense, GatherSDPA, CPUPaged]
-LAYOUTS = [Padded, CSR]
+LAYOUTS = [lookup_class("layout", name) for name in policy_names("layout")]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 CPU = torch.device("cpu")
 
@@ -337,7 +339,9 @@ def test_resolve_answers_or_names_what_is_supported():
     dense = Dense()
     assert dense.resolve("cuda:1", "float16") is dense
     assert isinstance(pl.make("kernel", "auto").resolve("cpu", "bfloat16"), CPUPaged)
-    assert isinstance(pl.make("kernel", "auto").resolve("cuda", "bfloat16"), GatherSDPA)
+    auto = pl.make("kernel", "auto")
+    assert isinstance(auto.resolve("cuda", "bfloat16"), TritonPaged if find_spec("triton") else GatherSDPA)
+    assert isinstance(auto.resolve("cuda", "float64"), GatherSDPA)
     with pytest.raises(ConfigError, match="'cpu-paged' runs on cpu, not on 'cuda'"):
         CPUPaged().resolve("cuda", "float32")
     with pytest.raises(ConfigError, match="float32, bfloat16, float16, float64, not 'float8_e4m3fn'"):

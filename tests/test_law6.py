@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Scenario, ended, event_rows, examples, scenarios, serve
+from strategies import Scenario, ended, event_rows, examples, scenarios, servable, serve
 
 import pagedlab as pl
 from pagedlab.config import Config
@@ -144,6 +144,28 @@ def test_leaping_equals_walking(
     leapt, walked = (
         simulated(config, requests, None, VirtualClock(), skip=skip, cost=cost) for skip in (True, False)
     )
+    assert event_rows(leapt) == event_rows(walked)
+    assert left_behind(leapt) == left_behind(walked)
+
+
+@pytest.mark.parametrize("name", servable("scheduler"))
+@settings(max_examples=examples(0.3))
+@given(data=st.data())
+def test_every_scheduler_leaps_as_it_walks(name: str, data: st.DataObject) -> None:
+    """The same law for each by name: several tenants, a queue that is longer than the seats, and a tight pool."""
+    scenario = quiet(data.draw(scenarios(choose={"scheduler": (name,), "prefetch": ("none",)})))
+    more = data.draw(st.sampled_from((20, 60)))
+    requests = [
+        replace(r, arrival=r.arrival * 1e-8, sampling=replace(r.sampling, max_tokens=more))
+        for r in scenario.requests
+    ]
+    config = scenario.config.replace(
+        max_num_seqs=3,
+        max_num_batched_tokens=64,
+        num_blocks=scenario.config.num_blocks + -(-2 * more // scenario.config.block_size),
+        max_model_len=(scenario.config.max_model_len or 0) + more,
+    )
+    leapt, walked = (simulated(config, requests, None, VirtualClock(), skip=skip) for skip in (True, False))
     assert event_rows(leapt) == event_rows(walked)
     assert left_behind(leapt) == left_behind(walked)
 

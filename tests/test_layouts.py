@@ -11,10 +11,11 @@ from numba import njit
 
 import pagedlab.kernels.layouts as layouts
 from pagedlab.errors import ConfigError, InvariantBroken
-from pagedlab.policies.layout import CSR, Layout, Padded
+from pagedlab.policies.layout import CSR, Extents, Layout, Padded, TwoLevel
+from pagedlab.registry import lookup_class, policy_names
 
 ROWS, BLOCKS = 5, 40
-ALL = [Padded, CSR]
+ALL = [lookup_class("layout", name) for name in policy_names("layout")]
 
 
 @pytest.fixture(scope="module", params=ALL, ids=lambda cls: cls.name)
@@ -44,7 +45,9 @@ def check(layout: Layout, tables: dict[int, list[int]]) -> None:
             assert _read(block_of.numba, entries, index, row, len(table)) == table
 
 
-blocks = st.lists(st.integers(0, 2**31 - 1), max_size=12)
+blocks = st.lists(st.integers(0, 2**31 - 1), max_size=12) | st.builds(
+    lambda first, n: list(range(first, first + n)), st.integers(0, 30), st.integers(0, 12)
+)
 changes = st.lists(
     st.tuples(
         st.sampled_from(["open", "append", "append", "append", "replace", "close"]),
@@ -105,6 +108,8 @@ def test_csr_memory_follows_the_sequences_and_padded_the_longest():
         sizes[cls] = full, layout.nbytes
     assert sizes[CSR][0] < sizes[Padded][0] / 50
     assert sizes[CSR][1] < sizes[CSR][0] / 20
+    assert sizes[TwoLevel][0] < sizes[Padded][0] / 10, "pages follow the sequences, the directory the longest"
+    assert sizes[Extents][0] < sizes[CSR][0] / 5, "ranges are one run each"
 
 
 def test_misuse_is_named(kind):
@@ -127,6 +132,56 @@ def test_misuse_is_named(kind):
 def test_kernels_read_at_least_the_entries(kind):
     layout = kind()
     assert layout.bytes_read(100) >= 400
+
+
+def test_two_level_tables_waste_less_than_a_page_each_and_share_what_is_closed():
+    layout = TwoLevel(page=8)
+    layout.reset(max_rows=4, max_blocks=1000)
+    for row in range(4):
+        layout.open(row, range(17))
+    entries = len(layout.arrays()[0])
+    assert entries <= 2 * 4 * 24
+    for _ in range(50):
+        layout.close(2)
+        layout.open(2, range(24))
+    assert len(layout.arrays()[0]) == entries
+    assert layout.decode(1) == list(range(17))
+
+
+@pytest.mark.parametrize("page", [1, 3, 16])
+def test_a_directory_costs_a_word_per_page(page):
+    layout = TwoLevel(page=page)
+    assert layout.bytes_read(48) == 4 * 48 + 4 * 48 // page
+
+
+def test_extents_cost_what_the_runs_cost():
+    layout = Extents()
+    assert layout.bytes_read(100) == 808, "nothing is known: no two blocks are adjacent"
+    layout.reset(max_rows=2, max_blocks=100)
+    layout.open(0, range(50))
+    before = layout.nbytes
+    layout.append(0, range(50, 100))
+    assert layout.nbytes == before, "a run that goes on takes no more room"
+    assert layout.bytes_read(100) == 16
+    layout.replace(0, 40, 7)
+    assert layout.decode(0) == [*range(40), 7, *range(41, 100)]
+    assert layout.bytes_read(100) == 8 * 3 + 8
+    layout.replace(0, 40, 40)
+    assert layout.bytes_read(100) == 16, "and it is one run again"
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=30), st.data())
+def test_extents_find_every_block_of_many_runs(lengths, data):
+    """Runs of several lengths at places of their own, so that the search has something to halve."""
+    starts = data.draw(st.permutations(range(len(lengths))))
+    table = [100 * start + i for start, length in zip(starts, lengths) for i in range(length)]
+    layout = Extents()
+    layout.reset(max_rows=ROWS, max_blocks=len(table))
+    layout.open(1, table[: len(table) // 2])
+    layout.append(1, table[len(table) // 2 :])
+    check(layout, {1: table})
+    assert layout.bytes_read(len(table)) == 8 * len(lengths) + 8
 
 
 def test_missing_device_functions_are_named():

@@ -20,7 +20,7 @@ from pagedlab.engine.request import SamplingParams
 from pagedlab.errors import ConfigError, InvariantBroken, ModelNotServed
 from pagedlab.executors.model import ModelExecutor
 from pagedlab.executors.products import Panels, panels_work
-from pagedlab.registry import make
+from pagedlab.registry import make, policy_names
 
 VOCAB = 128
 NEAR_TIE = 1e-9
@@ -202,7 +202,7 @@ def test_greedy_is_what_generate_says(name):
     assert_says_the_same(serve(executor_for(model), prompts(), 20), reference)
 
 
-@pytest.mark.parametrize("layout", ["padded", "csr"])
+@pytest.mark.parametrize("layout", policy_names("layout"))
 @pytest.mark.parametrize("kernel", ["dense", "gather-sdpa", "cpu-paged"])
 def test_every_kernel_and_layout_says_the_same(layout, kernel):
     model = build("Gemma2" if kernel == "cpu-paged" else "Mistral")

@@ -26,6 +26,7 @@ from pagedlab.cli import app
 from pagedlab.engine.request import Request, SamplingParams
 from pagedlab.errors import ConfigError, PolicyError, WorkloadError
 from pagedlab.lab.accesses import accesses
+from pagedlab.lab.replay import MissRatioCurve
 from pagedlab.policies import Block, Eviction
 from pagedlab.policies.bounds import next_uses, refuse_future
 from pagedlab.policies.prompt import HashedPrompt
@@ -704,3 +705,48 @@ def test_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [r["contender"] for r in rows] == ["OrderedDict", "lru", "fifo", "lfu"]
     assert rows[0]["miss_ratio"] == rows[1]["miss_ratio"]
     assert all(r["accesses_per_s"] > 0 for r in rows)
+
+
+# ---- many points at once -------------------------------------------------------------------------------------------
+
+
+class KeepsShort(Eviction):
+    """Defined here, so that other processes cannot import it."""
+
+    def priority(self, block: Block) -> float:
+        return -block.depth
+
+
+def test_processes_find_what_one_finds() -> None:
+    trace = accesses([[i % 7, i % 7 + 10, i % 5 + 20] for i in range(60)])
+    policies = {"lru": "lru", "mine": KeepsShort(), "belady": "belady"}
+    alone = pl.replay(trace, policies, [3, 5, 8], progress=False)
+    shared = pl.replay(trace, policies, [3, 5, 8], jobs=2, progress=False)
+    assert shared.rows == alone.rows  # type: ignore[union-attr]
+    assert [p.request_hits for p in shared] == [p.request_hits for p in alone]  # type: ignore[union-attr]
+    assert all(p.trace is trace for p in shared)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("jobs", [0, True, 1.5])
+def test_jobs_must_be_a_number(jobs: Any) -> None:
+    with pytest.raises(ConfigError, match="jobs must be a whole number"):
+        pl.replay([1, 2, 3], ["lru", "fifo"], 2, jobs=jobs)
+
+
+def test_distance_to_the_bound() -> None:
+    curve = pl.replay([1, 2, 3, 1, 2, 3], ["lru", "belady"], [2, 3], semantics="plain", progress=False)
+    assert isinstance(curve, MissRatioCurve)
+    assert curve.distance() == {
+        ("lru", 2): pytest.approx(2 / 6),
+        ("lru", 3): 0.0,
+        ("belady", 2): 0.0,
+        ("belady", 3): 0.0,
+    }
+    headings, rows = curve.hits_table()
+    assert headings == ["eviction", "2 blocks", "3 blocks"]
+    assert rows == [["belady", "33.33  +0.00", "50.00  +0.00"], ["lru", "0.00  -33.33", "50.00  +0.00"]]
+    with pytest.raises(ConfigError, match="'fifo' was not replayed"):
+        curve.distance("fifo")
+    figure = curve.plot_distance()
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["lru"]
+    assert {t.get_text() for t in figure.axes[0].texts} == {"33.3", "0.0"}

@@ -53,6 +53,7 @@ def test_a_claim_is_within_what_the_model_allows(data: st.DataObject, who: Claim
 def test_builtins_claim_what_their_names_say(who: Claimant, longer: int) -> None:
     most = who.max_len + longer
     assert claim("on-demand", who, who.num_tokens, most) == who.num_tokens
+    assert claim("full-prompt", who, 1, most) == who.num_tokens
     assert claim("max", who, who.num_tokens, most) == most
     outgrown = who.num_tokens >= who.expected_len
     foreseen = who.max_len if outgrown else who.expected_len
@@ -114,3 +115,31 @@ def test_a_full_claim_is_never_grown() -> None:
         allocations = [e for e in engine.events if e.kind == "BlocksAllocated"]
         assert len(allocations) == 3, name
     assert sum(e.kind == "BlocksAllocated" for e in serve(run("on-demand")).events) > 3
+
+
+def test_a_full_prompt_has_its_room_before_its_first_chunk() -> None:
+    """In chunks of 2, a prompt of 5 tokens claims its blocks at once, or one by one on demand."""
+    held = {}
+    for name in ("full-prompt", "on-demand"):
+        scenario = run(name)
+        config = scenario.config.replace(block_size=1, max_num_batched_tokens=2)
+        engine = serve(Scenario(config, scenario.requests[:1], vocab=60))
+        held[name] = [r.memory.stored + r.memory.reserved for r in engine.steps[:3]]
+    assert held == {"full-prompt": [5, 5, 5], "on-demand": [2, 4, 5]}
+
+
+def test_a_watermark_keeps_room_for_those_who_run() -> None:
+    """The older rule in both its parts: with blocks kept free, who runs is preempted less often."""
+    requests = [
+        Request(request_id=str(i), prompt=[i] * 8, sampling=SamplingParams(max_tokens=12)) for i in range(8)
+    ]
+    preempted = []
+    for watermark in (0.0, 0.3):
+        config = Config.preset(
+            "vllm-v0", watermark=watermark, num_blocks=20, block_size=4, max_num_seqs=8, max_model_len=40
+        )
+        scenario = Scenario(config, requests, vocab=60)
+        engine = serve(scenario)
+        says_the_truth(engine, scenario)
+        preempted.append(engine.totals.preemptions)
+    assert preempted[0] > preempted[1]

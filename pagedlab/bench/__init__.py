@@ -1,5 +1,6 @@
-"""What is measured: `cache` (bookkeeping), `engine` (tokens a second on a real model), `kernel` (attention),
-`replay` (one cache, a stream of accesses), `simulate` (the engine on a virtual clock).
+"""What is measured: `cache` (bookkeeping), `engine` (tokens a second on a real model), `kernel` (attention, with
+`kernel_gpu` for GPUs), `kernel_resources` (registers and spills of the Triton kernels, without a GPU), `replay` (one
+cache, a stream of accesses), `simulate` (the engine on a virtual clock).
 
 Each module has a ``main(json)`` that the command line calls. Contenders run side by side in one process, alternating;
 medians and ratios are reported.

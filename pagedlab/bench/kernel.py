@@ -5,6 +5,8 @@ form in which torch's scaled_dot_product_attention can be asked for grouped head
 each point is what ``ratio_dense`` compares with. All take turns inside one loop, so a slow moment of the machine hits
 them alike, and go round through buffers that together are larger than the last-level cache. ``gb_per_s`` counts the
 bytes of keys and values (for the copy: bytes read plus bytes written) at the median; ``gb_per_s_best`` at the fastest.
+
+Where there is a GPU, `pagedlab.bench.kernel_gpu` adds its rows.
 """
 
 from __future__ import annotations
@@ -48,29 +50,36 @@ def dense_forms(query: torch.Tensor) -> dict[str, Callable[[torch.Tensor, torch.
     }
 
 
-def paged_form(
-    layout: Layout, block_size: int, query: torch.Tensor, rng: torch.Generator
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Paged attention over the same memory, cut into blocks that the sequences hold in random order."""
-    per_seq = CONTEXT_LEN // block_size
-    order = torch.randperm(NUM_SEQS * per_seq, generator=rng).tolist()
-    layout.reset(max_rows=NUM_SEQS, max_blocks=per_seq)
-    for row in range(NUM_SEQS):
+def decode_batch(
+    layout: Layout, num_seqs: int, context_len: int, block_size: int, rng: torch.Generator
+) -> AttentionBatch:
+    """One token of each of ``num_seqs`` sequences, whose blocks lie in random order."""
+    per_seq = context_len // block_size
+    order = torch.randperm(num_seqs * per_seq, generator=rng).tolist()
+    layout.reset(max_rows=num_seqs, max_blocks=per_seq)
+    for row in range(num_seqs):
         layout.open(row, order[row * per_seq : (row + 1) * per_seq])
     entries, index = layout.arrays()
-    batch = AttentionBatch(
-        query_start=np.arange(NUM_SEQS + 1, dtype=np.int32),
-        context_lens=np.full(NUM_SEQS, CONTEXT_LEN, np.int32),
-        rows=np.arange(NUM_SEQS, dtype=np.int32),
-        slots=np.zeros(NUM_SEQS, np.int64),
+    return AttentionBatch(
+        query_start=np.arange(num_seqs + 1, dtype=np.int32),
+        context_lens=np.full(num_seqs, context_len, np.int32),
+        rows=np.arange(num_seqs, dtype=np.int32),
+        slots=np.zeros(num_seqs, np.int64),
         entries=entries,
         index=index,
         block_size=block_size,
         max_query_len=1,
-        max_context_len=CONTEXT_LEN,
+        max_context_len=context_len,
     )
+
+
+def paged_form(
+    layout: Layout, block_size: int, query: torch.Tensor, rng: torch.Generator
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Paged attention over the same memory, cut into blocks that the sequences hold in random order."""
+    batch = decode_batch(layout, NUM_SEQS, CONTEXT_LEN, block_size, rng)
     attention = CPUPagedAttention(layout)
-    shape = (NUM_SEQS * per_seq, NUM_KV_HEADS, block_size, HEAD_SIZE)
+    shape = (NUM_SEQS * CONTEXT_LEN // block_size, NUM_KV_HEADS, block_size, HEAD_SIZE)
     return lambda k, v: attention.attend(query, k.view(shape), v.view(shape), batch, scale=SCALE)
 
 
@@ -88,7 +97,7 @@ def measure(
     buffer_bytes: int = 512 * 2**20,
 ) -> list[dict[str, Any]]:
     """Return one row per kernel, layout, block size, dtype and number of threads."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     before = torch.get_num_threads()
     rng = torch.Generator().manual_seed(0)
     for dtype in dtypes:
@@ -153,5 +162,10 @@ def _rows(
 
 
 def main(json: bool = False) -> list[dict[str, Any]]:
-    """Measure and return the rows (the command line prints them)."""
-    return measure()
+    """Measure the CPU, and the GPU where there is one; return the rows (the command line prints them)."""
+    rows = measure()
+    if torch.cuda.is_available():
+        from pagedlab.bench import kernel_gpu
+
+        rows += kernel_gpu.measure()
+    return rows

@@ -115,9 +115,10 @@ class KVCache(Tiers):
         protected = guarded if self.host is None else [b for b in guarded if b.tier == DEVICE]
         need = fresh + len(low)
         self.scattered = False
-        device = self.device
-        if not device.has_room(need + spare, protected) or (
-            device.allocator.contiguous and not device.has_room(need, protected, contiguous=True)
+        device, origin = self.device, table.origin
+        if not device.has_room(need + spare, protected, origin=origin) or (
+            device.allocator.contiguous
+            and not device.has_room(need, protected, contiguous=True, origin=origin)
         ):
             spare_blocks = self.device.num_free + self.device.num_cached
             self.scattered = self.device.allocator.contiguous and spare_blocks >= need + spare
@@ -129,7 +130,7 @@ class KVCache(Tiers):
         for pool, here in self._below(pins) if pins else ():
             pool.share(here)
         device.share(protected)
-        taken = self.device.take(need, contiguous=True)
+        taken = self.device.take(need, contiguous=True, origin=origin)
         if taken is None:
             raise InvariantBroken(f"{need} blocks were promised to sequence {table.seq_id} and are not there")
         loads, rest = taken[: len(low)], taken[len(low) :]
@@ -175,6 +176,8 @@ class KVCache(Tiers):
         """Tell the eviction policies what this admission found and missed."""
         if not self._shares:
             return
+        for pool in self.pools:
+            pool.eviction.begin(table.origin)
         for block in found:
             block.hits += 1
         here = found
@@ -231,7 +234,8 @@ class KVCache(Tiers):
         if extra <= 0 and not copy:
             return True
         extra = max(extra, 0)
-        taken = self.device.take(extra + copy, after=blocks[-1].index if blocks else None)
+        after = blocks[-1].index if blocks else None
+        taken = self.device.take(extra + copy, after=after, origin=table.origin)
         if taken is None:
             return False
         before = self._within(table)
@@ -361,7 +365,7 @@ class KVCache(Tiers):
         used = -(-table.num_tokens // self.block_size)
         if self.host is None or used == 0:
             return False
-        targets = self.host.take(used)
+        targets = self.host.take(used, origin=table.origin)
         if targets is None:
             return False
         for block, target in zip(table.blocks, targets):
@@ -382,9 +386,9 @@ class KVCache(Tiers):
         """Bring a swapped table back with room for ``claim`` tokens; False if there is no room."""
         used = len(table.host_blocks)
         need = max(-(-claim // self.block_size), used)
-        if not self.device.has_room(need + spare):
+        if not self.device.has_room(need + spare, origin=table.origin):
             return False
-        taken = self.device.take(need)
+        taken = self.device.take(need, origin=table.origin)
         if taken is None:
             return False
         for source, target in zip(table.host_blocks, taken):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from pagedlab.errors import InvariantBroken, PolicyError
 from pagedlab.policies.allocator import Allocator
-from pagedlab.policies.block import DEVICE, TIER_NAMES, Block
+from pagedlab.policies.block import DEVICE, TIER_NAMES, Block, Origin
 from pagedlab.policies.eviction import Eviction
 from pagedlab.policies.view import NOTHING_KNOWN, View
 
@@ -45,6 +45,7 @@ class BlockPool:
         allocator.reset(range(reserved, num_blocks))
         eviction.attach(view)
         eviction.reset(capacity=num_blocks - reserved)
+        self._partitioned = eviction.partitioned
 
     @property
     def capacity(self) -> int:
@@ -61,8 +62,25 @@ class BlockPool:
         """Blocks that some table holds."""
         return self.capacity - self.allocator.num_free - self.num_cached
 
-    def has_room(self, n: int, protected: Collection[Block] = (), *, contiguous: bool = False) -> bool:
+    def limit(self, origin: Origin) -> int:
+        """Blocks that a request from ``origin`` can have if nothing else runs."""
+        return min(self.capacity, self.eviction.limit(origin)) if self._partitioned else self.capacity
+
+    def has_room(
+        self,
+        n: int,
+        protected: Collection[Block] = (),
+        *,
+        contiguous: bool = False,
+        origin: Origin | None = None,
+    ) -> bool:
         """Whether `take` would succeed. ``protected`` cached blocks cannot be evicted. Changes nothing."""
+        if self._partitioned and origin is not None:
+            room = self.num_free + self.eviction.obtainable(origin, protected)
+            if n > room or not contiguous or not self.allocator.contiguous or n < 2:
+                return n <= room
+            all_of_it = self.eviction.victims_for(origin, room, self.num_free, protected)
+            return all_of_it is not None and self.allocator.fits(n, [b.index for b in all_of_it])
         short = n - self.allocator.num_free - self.num_cached
         if short > 0 or (short > -len(protected) and short + [b.ref_count for b in protected].count(0) > 0):
             return False
@@ -73,28 +91,41 @@ class BlockPool:
         return self.allocator.fits(n, also)
 
     def take(
-        self, n: int, protected: Collection[Block] = (), *, after: int | None = None, contiguous: bool = False
+        self,
+        n: int,
+        protected: Collection[Block] = (),
+        *,
+        after: int | None = None,
+        contiguous: bool = False,
+        origin: Origin | None = None,
     ) -> list[Block] | None:
         """Hand out ``n`` blocks with count 1, evicting as needed, or return None with nothing changed.
 
         ``contiguous`` insists on what a contiguous allocator promises; without it such an allocator may serve
-        several runs (a sequence that grows).
+        several runs (a sequence that grows). ``origin`` is whom the blocks are for; None: nobody in particular.
         """
         if n == 0:
             return []
         allocator = self.allocator
         short = n - allocator.num_free
-        if short > 0:
+        if self._partitioned and origin is not None:
+            if not self.has_room(n, protected, contiguous=contiguous, origin=origin):
+                return None
+            self._evict_for(origin, n, protected)
+        elif short > 0:
             if not self.has_room(n, protected, contiguous=contiguous):
                 return None
             self._evict(short, protected)
         indices = allocator.allocate(n, after)
         if indices is None:
             if contiguous:
-                if not self.has_room(n, protected, contiguous=True):
+                if not self.has_room(n, protected, contiguous=True, origin=origin):
                     return None
                 while indices is None:
-                    self._evict(1, protected)
+                    if self._partitioned and origin is not None:
+                        self._evict_for(origin, allocator.num_free + 1, protected)
+                    else:
+                        self._evict(1, protected)
                     indices = allocator.allocate(n, after)
             else:
                 indices = self._piecewise(n, after)
@@ -124,6 +155,20 @@ class BlockPool:
             victims = [] if victim is None else [victim]
         else:
             victims = eviction.victims(n, protected)
+        self._give_up(victims, n, protected, removed)
+
+    def _evict_for(self, origin: Origin, n: int, protected: Collection[Block]) -> None:
+        """Give up what has to go before ``n`` blocks are taken for ``origin``."""
+        free = self.num_free
+        victims = self.eviction.victims_for(origin, n, free, protected)
+        if victims is None or free + len(victims) < n:
+            raise self._illegal(victims or [], n - free, protected)
+        if victims:
+            self._give_up(victims, len(victims), protected)
+
+    def _give_up(
+        self, victims: list[Block], n: int, protected: Collection[Block], removed: bool = False
+    ) -> None:
         indices = [b.index for b in victims if b.key is not None and not b.ref_count]
         if (
             len(indices) != n
@@ -133,7 +178,7 @@ class BlockPool:
             raise self._illegal(victims, n, protected)
         self._on_evict(victims)
         if not removed:
-            eviction.remove_all(victims)
+            self.eviction.remove_all(victims)
         for block in victims:
             block.key = None
         self.num_cached -= n

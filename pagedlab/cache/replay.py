@@ -74,12 +74,17 @@ def plain(
     hit, release, evict = policy.hit, policy.release, policy.evict
     miss = policy.miss if _listens(policy, "miss") else None
     insert = policy.insert if _listens(policy, "insert") else None
-    born = 0
+    begin = policy.begin if _listens(policy, "begin") else None
+    divided = policy.partitioned
+    spare: list[Block] = []
+    made = born = 0
     for start in range(0, len(requests), _CHUNK):
         hits: list[int] = []
         for keys, chained, now, origin in requests[start : start + _CHUNK]:
             view.time = now
             found = 0
+            if begin is not None:
+                begin(origin)
             for i, key in _backwards(keys) if tail_first else enumerate(keys):
                 block = find(key)
                 if block is not None:
@@ -90,8 +95,16 @@ def plain(
                 else:
                     if miss is not None:
                         miss(key)
-                    if born < capacity:
-                        block = Block(born, size=block_size)
+                    if divided:
+                        given = _give_up_for(origin, 1, capacity - len(resident), policy, resident)
+                        if given is None:
+                            continue
+                        spare += given
+                    if spare:
+                        block = spare.pop()
+                    elif made < capacity:
+                        block = Block(made, size=block_size)
+                        made += 1
                     else:
                         block = evict()
                         if block is None or forget(block.key, None) is not block:  # type: ignore[arg-type]
@@ -125,13 +138,19 @@ def prefix(
     view = _view_of(policy)
     resident: dict[int, Block] = {}
     find = resident.get
-    hit, miss, insert, release_all = policy.hit, policy.miss, policy.insert, policy.release_all
+    hit, release_all = policy.hit, policy.release_all
+    miss = policy.miss if _listens(policy, "miss") else None
+    insert = policy.insert if _listens(policy, "insert") else None
+    begin = policy.begin if _listens(policy, "begin") else None
+    divided = policy.partitioned
     spare: list[Block] = []
     made = born = 0
     for start in range(0, len(requests), _CHUNK):
         hits: list[int] = []
         for keys, chained, now, origin in requests[start : start + _CHUNK]:
             view.time = now
+            if begin is not None:
+                begin(origin)
             held: list[Block] = []
             for key in keys:
                 block = find(key)
@@ -143,10 +162,14 @@ def prefix(
                 block.hits += 1
                 hit(block)
                 block.ref_count = 1
-            missed = keys[found:]
-            for key in missed:
-                miss(key)
+            if miss is not None:
+                for key in keys[found:]:
+                    miss(key)
             fits = min(len(keys), capacity)
+            if divided:
+                fits = min(fits, policy.limit(origin))
+                free = capacity - len(resident)
+                spare += _give_up_for(origin, fits - found, free, policy, resident) or ()
             while len(spare) < fits - found and made < capacity:
                 spare.append(Block(made, size=block_size))
                 made += 1
@@ -172,7 +195,8 @@ def prefix(
                 block.created = now
                 block.hits = 0
                 block.ref_count = 1
-                insert(block)
+                if insert is not None:
+                    insert(block)
                 held.append(block)
                 if chained:
                     parent = key
@@ -203,6 +227,17 @@ def _give_up(n: int, policy: Eviction, resident: dict[int, Block]) -> list[Block
     victims = policy.victims(n)
     if len(victims) != n:
         raise PolicyError(f"eviction {type(policy).__name__} named {len(victims)} victims of {n}")
+    return _taken_out(victims, policy, resident)
+
+
+def _give_up_for(
+    origin: Origin, n: int, free: int, policy: Eviction, resident: dict[int, Block]
+) -> list[Block] | None:
+    victims = policy.victims_for(origin, n, free)
+    return None if victims is None else _taken_out(victims, policy, resident)
+
+
+def _taken_out(victims: list[Block], policy: Eviction, resident: dict[int, Block]) -> list[Block]:
     for block in victims:
         if block.ref_count or block.key is None or resident.pop(block.key, None) is not block:
             raise _illegal(policy, block)

@@ -74,7 +74,7 @@ class Tiers:
 
     def _keep(self, block: Block, tier: int) -> None:
         pool = self.pools[tier]
-        taken = pool.take(1)
+        taken = pool.take(1, origin=block.origin)
         if taken is None:
             return
         copy, now = taken[0], self.events.time

@@ -1,4 +1,6 @@
-"""The command line, ``pagedlab``: list, generate, replay, compare, sweep, calibrate, bench, demo, lab, reproduce, data.
+"""The command line, ``pagedlab``.
+
+Commands: list, generate, replay, compare, sweep, calibrate, check, bench, demo, lab, reproduce, data.
 
 One module per command; none imports what it runs before it is called. What a person got wrong comes back as one line
 on stderr and exit code 2.
@@ -7,6 +9,7 @@ on stderr and exit code 2.
 from pagedlab.cli import (
     bench,
     calibrate,
+    check,
     compare,
     data,
     demo,
@@ -26,6 +29,7 @@ app.command("replay")(replay.replay)
 app.command("compare")(compare.compare)
 app.command("sweep")(sweep.sweep)
 app.command("calibrate")(calibrate.calibrate)
+app.command("check")(check.check)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 app.command("lab", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lab.lab)

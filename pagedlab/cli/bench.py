@@ -12,19 +12,20 @@ from pagedlab.cli.options import Json
 from pagedlab.cli.output import print_json, print_table
 from pagedlab.errors import ConfigError, nearest
 
-BENCHMARKS = ("engine", "cache", "kernel", "replay", "simulate")
+BENCHMARKS = ("engine", "cache", "kernel", "kernel-resources", "replay", "simulate")
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="engine, cache, kernel, replay or simulate.")],
+    name: Annotated[str, typer.Argument(help="engine, cache, kernel, kernel-resources, replay or simulate.")],
     json: Json = False,
 ) -> None:
     """Measure one part against what else there is, in one process, alternating."""
     if name not in BENCHMARKS:
         raise ConfigError(f"no benchmark {name!r}; known: {', '.join(BENCHMARKS)}{nearest(name, BENCHMARKS)}")
-    if find_spec(f"pagedlab.bench.{name}") is None:
+    module = f"pagedlab.bench.{name.replace('-', '_')}"
+    if find_spec(module) is None:
         raise ConfigError(f"benchmark {name!r} is not part of this installation")
-    rows = import_module(f"pagedlab.bench.{name}").main(json=json)
+    rows = import_module(module).main(json=json)
     if json:
         print_json(f"bench {name}", rows)
     elif rows:

@@ -13,10 +13,11 @@ from pagedlab.cli.options import (
     MaxNumSeqs,
     NumBlocks,
     grid,
+    listed,
     read_cost,
     service_level,
 )
-from pagedlab.cli.output import print_comparison, print_json
+from pagedlab.cli.output import print_comparison, print_json, print_table
 from pagedlab.errors import ConfigError
 
 
@@ -25,7 +26,10 @@ def compare(
         str, typer.Argument(help="A workload (chat, mixed-lengths, ...), a trace or its file.")
     ],
     how: Annotated[
-        str, typer.Option(help="run: with a real model; simulate: with a cost model on a virtual clock.")
+        str,
+        typer.Option(
+            help="run: with a real model; simulate: with a cost model on a virtual clock; replay: eviction alone."
+        ),
     ] = "run",
     set_: Annotated[
         list[str] | None,
@@ -80,8 +84,24 @@ def compare(
     from pagedlab.lab.compare import HOW
     from pagedlab.lab.compare import compare as compare_configs
 
+    if how == "replay":
+        strange: dict[str, Any] = {
+            "--preset": preset,
+            "--config": config,
+            "--hardware": hardware,
+            "--cost": cost,
+            "--slo": slo,
+        }
+        strange |= {"--max-tokens": max_tokens, "--report": report}
+        for option, value in strange.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{option} belongs to --how run or simulate: a replay has one cache and no times"
+                )
+        _replayed(workload, listed(set_), num_blocks, block_size, model, requests, seed, json)
+        return
     if how not in HOW:
-        raise ConfigError(f"--how must be one of {', '.join(HOW)}, not {how!r}")
+        raise ConfigError(f"--how must be one of {', '.join((*HOW, 'replay'))}, not {how!r}")
     if how == "run" and (hardware or cost):
         raise ConfigError(f"--{'hardware' if hardware else 'cost'} belongs to --how simulate")
     generated = workload in {row["name"] for row in workloads.list_workloads()}
@@ -127,3 +147,53 @@ def compare(
     print_comparison(comparison)
     if report is not None:
         typer.echo(f"report: {report}")
+
+
+def _replayed(
+    workload: str,
+    axes: dict[str, list[Any]],
+    num_blocks: int | None,
+    block_size: int | None,
+    model: str | None,
+    requests: int | None,
+    seed: int,
+    json: bool,
+) -> None:
+    """Eviction policies at several sizes on one trace, with the distance to Belady's."""
+    from pagedlab import workloads
+    from pagedlab.lab.accesses import read_trace
+    from pagedlab.lab.replay import MissRatioCurve, replay
+    from pagedlab.workloads import Workload
+
+    if unknown := [name for name in axes if name not in ("eviction", "num_blocks")]:
+        raise ConfigError(f"--set {unknown[0]}: a replay goes through eviction and num_blocks")
+    names = axes.get("eviction", ["lru"])
+    sizes = axes.get("num_blocks", [5000 if num_blocks is None else num_blocks])
+    generated = workload in {row["name"] for row in workloads.list_workloads()}
+    given = workloads.load(workload, seed=seed) if generated else read_trace(workload)
+    if requests is not None:
+        given = given.head(requests) if isinstance(given, Workload) else given[:requests]
+    curve = replay(
+        given,
+        [*names, *(() if "belady" in names else ("belady",))],
+        sizes,
+        block_size=block_size,
+        model=model or "llama-3.1-8b",
+        jobs=None,
+    )
+    assert isinstance(curve, MissRatioCurve)
+    counted = curve.trace
+    if json:
+        distance = curve.distance() if any(p.eviction == "belady" for p in curve) else {}
+        rows = [
+            {**row, "distance_to_belady": distance.get((row["eviction"], row["num_blocks"]))}
+            for row in curve.rows
+        ]
+        print_json("compare", rows, workload=counted.name, how="replay", interrupted=curve.interrupted)
+        return
+    typer.echo(
+        f"{counted.name}: hit ratio of {counted.total:,} block accesses in percent, and how far from Belady's"
+    )
+    print_table(*(curve.hits_table() if "belady" in curve.policies else curve.table()))
+    if curve.interrupted:
+        typer.echo("Interrupted: these are the caches that were finished.")

@@ -83,9 +83,7 @@ def grid(
 
     if preset is not None and config is not None:
         raise ConfigError("--preset and --config exclude each other")
-    axes: dict[str, list[Any]] = {}
-    for name, text in map(_assignment, settings or ()):
-        axes[name] = [_value(name, v) for v in text.split(",")]
+    axes = listed(settings)
     names = [None] if preset is None else [p.strip() for p in preset.split(",")]
     configs: dict[str, Config] = {}
     for base in names:
@@ -95,6 +93,13 @@ def grid(
                 raise ConfigError(f"{full!r} comes twice")
             configs[full] = within_pool(cfg)
     return configs
+
+
+def listed(settings: list[str] | None) -> dict[str, list[Any]]:
+    """Return the values that each ``--set FIELD=A,B,...`` lists."""
+    return {
+        name: [_value(name, v) for v in text.split(",")] for name, text in map(_assignment, settings or ())
+    }
 
 
 def with_set(cfg: Config, settings: list[str] | None) -> Config:

@@ -86,6 +86,14 @@ class Plan:
         engine = self._engine
         return engine.config.max_num_seqs - len(engine.running) - len(engine.leaving) - engine.promised_seats
 
+    def cached(self, sequence: Schedulable) -> int:
+        """See `pagedlab.policies.scheduler.Step.cached`."""
+        seq = sequence
+        assert isinstance(seq, Sequence)
+        if seq.num_computed:
+            return seq.num_computed
+        return self._engine.cache.match(seq.table.prefix, seq.num_tokens - 1).num_tokens
+
     def grant(self, sequence: Schedulable, tokens: int, *, whole: bool = False) -> int:
         """See `pagedlab.policies.scheduler.Step.grant`."""
         engine, seq = self._engine, sequence
@@ -100,7 +108,7 @@ class Plan:
             n = self.cut(seq.remaining, tokens, whole)
             if n and not engine.make_room(seq, seq.num_computed + n, self):
                 n = 0
-        elif seq.status is Status.WAITING and seq not in self.lost and self.seats > seq.to_fork:
+        elif seq.status is Status.WAITING and not self.lost and self.seats > seq.to_fork:
             n = engine.admit(seq, tokens, whole, self)
             self.admitted |= n > 0
         if n:

@@ -49,6 +49,8 @@ class Seats:
         self.totals = Totals()
         self.waiting: deque[Sequence] = deque()
         """The queue, front first."""
+        view = EngineView(events, self.waiting, shape, config.block_size)
+        policies.preemption.attach(view)
         self.cache = KVCache(
             num_blocks=config.num_blocks,
             block_size=config.block_size,
@@ -61,7 +63,7 @@ class Seats:
             null_block=config.null_block,
             events=events,
             on_prefetch_fate=on_prefetch_fate,
-            view=EngineView(events, self.waiting, shape, config.block_size),
+            view=view,
         )
         policies.scheduler.reset()
         self.running: list[Sequence] = []
@@ -104,13 +106,15 @@ class Seats:
             self.policies.reservation.claim(seq, seq.prompt_len, self.max_model_len), seq.table.final_len
         )
         needed = -(-claim // self.config.block_size)
-        if needed > self.cache.device.capacity:
+        available = self.cache.device.limit(seq.table.origin)
+        if needed > available:
+            whose = "" if available == self.cache.device.capacity else ", or raise its tenant's share"
             raise RequestTooLarge(
                 f"{name}: {claim} tokens in blocks of {self.config.block_size}",
                 needed,
-                self.cache.device.capacity,
+                available,
                 "blocks",
-                "raise num_blocks, or lower max_tokens or the reservation",
+                f"raise num_blocks, or lower max_tokens or the reservation{whose}",
             )
 
     def admit(self, seq: Sequence, tokens: int, whole: bool, plan: Plan) -> int:
@@ -170,7 +174,7 @@ class Seats:
     def _claim(self, seq: Sequence, step_end: int) -> int:
         """Tokens to have room for at admission: the reservation's word, within what one sequence can ever get."""
         claim = self.policies.reservation.claim(seq, step_end, self.max_model_len)
-        return max(step_end, min(claim, self.cache.device.capacity * self.config.block_size))
+        return max(step_end, min(claim, self.cache.device.limit(seq.table.origin) * self.config.block_size))
 
     def make_room(self, seq: Sequence, num_tokens: int, plan: Plan) -> bool:
         """Grow a running sequence, at others' cost if need be; False if it was preempted itself."""

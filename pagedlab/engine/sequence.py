@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -127,6 +128,16 @@ class Sequence:
         return self.table.num_tokens + self.decoders.steps - self.since
 
     @property
+    def num_shared(self) -> int:
+        """Tokens at its beginning in cached blocks that others hold too. O(such blocks)."""
+        shared = 0
+        for block in self.table.blocks:
+            if block.ref_count < 2 or block.key is None:
+                break
+            shared += block.fill
+        return min(shared, self.num_computed)
+
+    @property
     def remaining(self) -> int:
         """Known tokens not yet computed: 1 while decoding."""
         return 1 if self.decoders is not None else len(self.tokens) - self.table.num_tokens
@@ -180,14 +191,34 @@ class Sequence:
         return self.group.request.priority
 
     @property
+    def arrival(self) -> int:
+        """When the request arrived, in picoseconds."""
+        return self.group.arrival
+
+    @property
     def request_id(self) -> str:
         """The request that it belongs to."""
         return self.group.request.request_id
 
     @property
+    def request_output(self) -> int:
+        """Output tokens of the request so far, in all its samples."""
+        return sum(s.num_output for s in self.group.sequences)
+
+    @property
+    def request_ended(self) -> bool:
+        """True once every sample of the request has ended."""
+        return not self.group.unfinished
+
+    @property
     def session(self) -> str | None:
         """The request's session."""
         return self.group.request.session
+
+    @property
+    def salt(self) -> Hashable:
+        """The request's tenant."""
+        return self.group.request.salt
 
     def __repr__(self) -> str:
         progress = f"{self.num_computed}/{self.num_tokens} tokens"

@@ -1,4 +1,4 @@
-"""The engine as its eviction policies see it."""
+"""The engine as its eviction and preemption policies see it."""
 
 from __future__ import annotations
 

@@ -75,6 +75,10 @@ class ModelExecutor:
         self.layout = layout
         self.kernel = kernel.resolve(str(self.device), dtype_name(self.loaded.dtype))
         self.attention = _make_attention(self.kernel, layout)
+        # A GPU kernel's own way to move many blocks of all layers at once, if it has one.
+        self._move_blocks = (
+            getattr(self.attention, "move_blocks", None) if self.device.type == "cuda" else None
+        )
         self.poison = poison
         self.eos_token_ids = self.loaded.eos_token_ids
         self.max_model_len = self.loaded.max_model_len
@@ -166,7 +170,9 @@ class ModelExecutor:
                 self._check_block(tier, block)
             source, target = self._tiers[group[0].src_tier], self._tiers[group[0].dst_tier]
             with torch.inference_mode():
-                if len(group) == 1:
+                if self._move_blocks is not None:
+                    self._move_blocks(source, target, [m.src for m in group], [m.dst for m in group])
+                elif len(group) == 1:
                     for src, dst in zip(source, target, strict=True):
                         dst[group[0].dst].copy_(src[group[0].src])
                 else:

@@ -50,6 +50,10 @@ class AttentionBatch:
 class PagedAttention(Protocol):
     """One kernel for one layout. The block is axis 0 of every cache tensor, the rest is the kernel's
     choice.
+
+    A kernel for GPUs may also have ``move_blocks(sources, targets, from_blocks, to_blocks)``, which copies block
+    ``from_blocks[i]`` of ``sources[t]`` to ``to_blocks[i]`` of ``targets[t]`` for all i and t, within the device or
+    between it and the host; executors on a GPU then carry out moves with it.
     """
 
     axis_order: tuple[str, ...]
@@ -82,9 +86,13 @@ class PagedAttention(Protocol):
         scale: float,
         sliding_window: int | None = None,
         soft_cap: float | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return [num_tokens, num_heads, value_head_size] for ``query`` [num_tokens, num_heads, head_size].
 
         Grouped-query heads: query head h reads KV head ``h // (num_heads // num_kv_heads)``. Soft cap c
-        replaces a scaled score x by ``c * tanh(x / c)``.
+        replaces a scaled score x by ``c * tanh(x / c)``. ``alibi_slopes`` [num_heads] then takes ``slope * distance``
+        from each score (Press et al. 2021). ``sinks`` [num_heads] are scores that take part in the softmax and have no
+        value (Xiao et al. 2023, learned as in gpt-oss). A kernel that lacks one of the two says so by `ConfigError`.
         """

@@ -38,6 +38,7 @@ from numba.extending import intrinsic as _numba_intrinsic
 from numba.extending import overload, register_jitable
 from numpy.typing import NDArray
 
+from pagedlab.errors import ConfigError
 from pagedlab.kernels.base import AttentionBatch
 from pagedlab.kernels.layouts import device_functions
 from pagedlab.kernels.wide import fits, wide_tile
@@ -534,8 +535,13 @@ class CPUPagedAttention:
         scale: float,
         sliding_window: int | None = None,
         soft_cap: float | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return [num_tokens, num_heads, value_head_size]; see `pagedlab.kernels.base`."""
+        if alibi_slopes is not None or sinks is not None:
+            lacking = "ALiBi slopes" if alibi_slopes is not None else "attention sinks"
+            raise ConfigError(f"kernel 'cpu-paged' has no {lacking}; 'gather-sdpa' and 'dense' have")
         dtype = key_cache.dtype
         computed = torch.float64 if dtype == torch.float64 else torch.float32
         num_tokens, num_heads, size = query.shape

@@ -19,13 +19,16 @@ def dense_attention(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return softmax(QKᵀ · scale)V for one sequence, with every score written out.
 
     ``query`` [q, num_heads, head_size] holds the last q tokens of a context with ``keys`` [t, num_kv_heads, head_size]
     and ``values`` [t, num_kv_heads, value_head_size]. Query j sees keys up to position ``t - q + j``, and with a window
-    w only the last w of them. Computed in float64 for float64 inputs and in float32 otherwise; the result
-    [q, num_heads, value_head_size] has the query's dtype.
+    w only the last w of them. ``alibi_slopes`` and ``sinks`` [num_heads] are those of
+    `pagedlab.kernels.base.PagedAttention.attend`. Computed in float64 for float64 inputs and in
+    float32 otherwise; the result [q, num_heads, value_head_size] has the query's dtype.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, t, group = query.shape[0], keys.shape[0], query.shape[1] // keys.shape[1]
@@ -34,8 +37,16 @@ def dense_attention(
     scores = torch.einsum("qhd,thd->hqt", query.to(dtype), k) * scale
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
+    if alibi_slopes is not None:
+        distance = torch.arange(t - q, t, device=query.device)[:, None] - torch.arange(t, device=query.device)
+        scores = scores - alibi_slopes.to(dtype)[:, None, None] * distance
     scores = scores.masked_fill(~visible(q, t, sliding_window, query.device), float("-inf"))
-    return torch.einsum("hqt,thd->qhd", torch.softmax(scores, dim=-1), v).to(query.dtype)
+    if sinks is None:
+        weights = torch.softmax(scores, dim=-1)
+    else:
+        sink = sinks.to(dtype)[:, None, None].expand(-1, q, 1)
+        weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[:, :, :t]
+    return torch.einsum("hqt,thd->qhd", weights, v).to(query.dtype)
 
 
 def visible(q: int, t: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
@@ -80,6 +91,8 @@ class DenseReference:
         scale: float,
         sliding_window: int | None = None,
         soft_cap: float | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return [num_tokens, num_heads, value_head_size]; see `pagedlab.kernels.base`."""
         device, block_size = query.device, batch.block_size
@@ -96,7 +109,14 @@ class DenseReference:
             offsets = positions % block_size
             keys, values = key_cache[blocks, offsets], value_cache[blocks, offsets]
             out[starts[s] : starts[s + 1]] = self.attend_sequence(
-                chunk, keys, values, scale, sliding_window, soft_cap
+                chunk,
+                keys,
+                values,
+                scale=scale,
+                sliding_window=sliding_window,
+                soft_cap=soft_cap,
+                alibi_slopes=alibi_slopes,
+                sinks=sinks,
             )
         return out
 
@@ -105,11 +125,21 @@ class DenseReference:
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        *,
         scale: float,
         sliding_window: int | None,
         soft_cap: float | None,
+        alibi_slopes: torch.Tensor | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attend for one sequence over its gathered context; shapes of `dense_attention`."""
         return dense_attention(
-            query, keys, values, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap
+            query,
+            keys,
+            values,
+            scale=scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
         )

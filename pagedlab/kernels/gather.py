@@ -9,9 +9,9 @@ from pagedlab.kernels.dense import DenseReference, dense_attention, visible
 
 
 class GatherSDPA(DenseReference):
-    """Gathers like `DenseReference`, then calls ``scaled_dot_product_attention``, which has no soft cap.
+    """Gathers like `DenseReference`, then calls ``scaled_dot_product_attention``, which has neither soft cap nor sinks.
 
-    With a soft cap the textbook form is used instead.
+    With one of those, or with ALiBi, the textbook form is used instead.
     """
 
     def attend_sequence(
@@ -19,14 +19,24 @@ class GatherSDPA(DenseReference):
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        *,
         scale: float,
         sliding_window: int | None,
         soft_cap: float | None,
+        alibi_slopes: torch.Tensor | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attend for one sequence over its gathered context; shapes of `dense_attention`."""
-        if soft_cap is not None:
+        if soft_cap is not None or alibi_slopes is not None or sinks is not None:
             return dense_attention(
-                query, keys, values, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap
+                query,
+                keys,
+                values,
+                scale=scale,
+                sliding_window=sliding_window,
+                soft_cap=soft_cap,
+                alibi_slopes=alibi_slopes,
+                sinks=sinks,
             )
         q, num_heads, head_size = query.shape
         t, num_kv_heads = keys.shape[:2]

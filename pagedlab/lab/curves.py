@@ -1,7 +1,8 @@
-"""The figure of a miss ratio curve."""
+"""Figures of miss ratio curves."""
 
 from __future__ import annotations
 
+from math import nan
 from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -68,6 +69,33 @@ def of_miss_ratios(curve: MissRatioCurve) -> Figure:
             fontsize=9,
             annotation_clip=False,
         )
+    return figure
+
+
+def of_distances(curve: MissRatioCurve, to: str) -> Figure:
+    """Return a map of the distances in points of hit ratio, nearest policy on top."""
+    distance = curve.distance(to)
+    names = [name for name in curve.ranked(to) if name != to]
+    sizes = sorted({n for _, n in distance})
+    cells = [[100 * distance.get((name, n), nan) for n in sizes] for name in names]
+    figure = Figure(figsize=(1.6 + 1.1 * len(sizes), 1.3 + 0.28 * len(names)), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    most = max((x for row in cells for x in row if x == x), default=0.0)
+    ax.imshow(cells, aspect="auto", cmap="YlOrRd", vmin=0, vmax=max(most, 1e-9))
+    for y, row in enumerate(cells):
+        for x, points in enumerate(row):
+            if points == points:
+                # Yellow below, dark red above.
+                colour = "white" if points > 0.6 * most else "black"
+                ax.text(x, y, f"{abs(points):.1f}", ha="center", va="center", fontsize=8.5, color=colour)
+    ax.set_xticks(range(len(sizes)), [f"{n:,}" for n in sizes])
+    ax.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    name = curve.trace.name.replace("$", r"\$")
+    ax.set_title(f"{name}: points of hit ratio below {to}", fontsize=10.5)
+    ax.set_xlabel("blocks in the cache")
     return figure
 
 

@@ -205,6 +205,41 @@ class MissRatioCurve:
 
         return pd.DataFrame(self.rows)
 
+    def distance(self, to: str = "belady") -> dict[tuple[str, int], float]:
+        """Return what each point hits less than the policy ``to`` at its size, as a share of all accesses.
+
+        Raises `ConfigError` if ``to`` is not on the curve.
+        """
+        best = {p.num_blocks: p.hit_ratio for p in self.points if p.eviction == to}
+        if not best:
+            raise ConfigError(f"{to!r} was not replayed; there are {', '.join(self.policies)}")
+        return {
+            (p.eviction, p.num_blocks): best[p.num_blocks] - p.hit_ratio
+            for p in self.points
+            if p.num_blocks in best
+        }
+
+    def ranked(self, to: str = "belady") -> list[str]:
+        """Return the policies by their mean `distance`, nearest first."""
+        distances: dict[str, list[float]] = {name: [] for name in self.policies}
+        for (name, _), distance in self.distance(to).items():
+            distances[name].append(distance)
+        return sorted(self.policies, key=lambda name: sum(distances[name]) / max(1, len(distances[name])))
+
+    def hits_table(self, to: str = "belady") -> tuple[list[str], list[list[str]]]:
+        """Return headings and rows of text: hit ratios with the distance to ``to`` behind, in percent; best first."""
+        distance = self.distance(to)
+        cells = {
+            (
+                p.eviction,
+                p.num_blocks,
+            ): f"{100 * p.hit_ratio:.2f}  {-100 * distance[p.eviction, p.num_blocks] or 0:+.2f}"
+            for p in self.points
+            if (p.eviction, p.num_blocks) in distance
+        }
+        rows = [[name, *(cells.get((name, n), "–") for n in self.sizes)] for name in self.ranked(to)]
+        return ["eviction", *(f"{n:,} blocks" for n in self.sizes)], rows
+
     def table(self, digits: int = 4) -> tuple[list[str], list[list[str]]]:
         """Return headings and rows of text: miss ratios, a row per policy and a column per size."""
         ratio = {(p.eviction, p.num_blocks): f"{p.miss_ratio:.{digits}f}" for p in self.points}
@@ -216,6 +251,12 @@ class MissRatioCurve:
         from pagedlab.lab.curves import of_miss_ratios
 
         return of_miss_ratios(self)
+
+    def plot_distance(self, to: str = "belady") -> Figure:
+        """Return how many points of hit ratio each policy misses of what ``to`` hits: rows policies, columns sizes."""
+        from pagedlab.lab.curves import of_distances
+
+        return of_distances(self, to)
 
     def __repr__(self) -> str:
         state = ", interrupted" if self.interrupted else ""
@@ -242,6 +283,7 @@ def replay(
     touch_order: TouchOrder = ...,
     block_size: int | None = ...,
     model: str = ...,
+    jobs: int | None = ...,
     progress: bool | None = ...,
 ) -> Replay: ...
 @overload
@@ -254,6 +296,7 @@ def replay(
     touch_order: TouchOrder = ...,
     block_size: int | None = ...,
     model: str = ...,
+    jobs: int | None = ...,
     progress: bool | None = ...,
 ) -> Replay | MissRatioCurve: ...
 def replay(
@@ -265,6 +308,7 @@ def replay(
     touch_order: TouchOrder = "prefix_first",
     block_size: int | None = None,
     model: str = "llama-3.1-8b",
+    jobs: int | None = 1,
     progress: bool | None = None,
 ) -> Replay | MissRatioCurve:
     """Replay a trace's block accesses against a cache of ``num_blocks`` blocks and count hits.
@@ -274,8 +318,8 @@ def replay(
     sizes give a `MissRatioCurve`. ``semantics``: ``"prefix"`` counts as a serving engine does, ``"plain"`` as the
     literature on caches does (see `pagedlab.cache.replay`). ``touch_order`` is the order of a request's accesses for
     ``"plain"``; a prefix is always looked up from its first block and released tail first. ``model`` (of the catalogue)
-    is whose work is saved, for policies that weigh it. ``progress``: a bar; None shows one where somebody can see it.
-    Ctrl-C keeps what there is.
+    is whose work is saved, for policies that weigh it. ``jobs`` processes share the points of a curve (None: as many as
+    there are cores). ``progress``: a bar; None shows one where somebody can see it. Ctrl-C keeps what there is.
 
     Only prompts count: traces do not say what was generated. Requests come one after the other, in the trace's order.
 
@@ -298,26 +342,89 @@ def replay(
     shape = find_model(model)
     if semantics == "prefix":
         wanted.check_distinct()
-    points: list[Replay] = []
-    interrupted = False
+    if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
+        raise ConfigError(f"jobs must be a whole number of at least 1, or None for all cores, not {jobs!r}")
     bar = _bar(progress, wanted.total * len(named) * len(sizes))
+    work = _Curve(wanted, named, sizes, semantics, touch_order, shape)
     try:
-        for title, policy in named.items():
-            for size in sizes:
-                point = _one(wanted, title, policy, size, semantics, touch_order, bar, shape)
-                if single:
-                    return point
-                if point.interrupted:
-                    raise KeyboardInterrupt
-                points.append(point)
-    except KeyboardInterrupt:
-        if not points:
-            raise
-        interrupted = True
+        if single:
+            return work.serve(0, bar)
+        return _all_points(work, jobs, bar)
     finally:
         if bar is not None:
             bar.close()
-    return MissRatioCurve(points, interrupted=interrupted)
+
+
+class _Curve:
+    """The points of a curve as jobs: policies in the order given, each at every size."""
+
+    def __init__(
+        self,
+        trace: Accesses,
+        named: dict[str, Eviction],
+        sizes: list[int],
+        semantics: Semantics,
+        touch_order: TouchOrder,
+        shape: ModelShape,
+    ) -> None:
+        self.trace = trace
+        self.named = named
+        self.points = [(title, size) for title in named for size in sizes]
+        self.semantics = semantics
+        self.touch_order = touch_order
+        self.shape = shape
+        self.elsewhere = False
+        """The points are for another process, which has the trace."""
+
+    def policies(self) -> Iterable[Eviction]:
+        """Return the policies."""
+        return self.named.values()
+
+    def serve(self, number: int, bar: Any = None) -> Replay:
+        """Replay one point."""
+        title, size = self.points[number]
+        policy = self.named[title]
+        done = _one(self.trace, title, policy, size, self.semantics, self.touch_order, bar, self.shape)
+        if self.elsewhere:
+            del done.trace
+        return done
+
+
+def _all_points(work: _Curve, jobs: int | None, bar: Any) -> MissRatioCurve:
+    from pagedlab.lab.workers import Interrupts, cores, in_processes
+
+    order = range(len(work.points))
+    found: dict[int, Replay] = {}
+    interrupted = False
+    jobs = min(cores() if jobs is None else jobs, len(order))
+    try:
+        if jobs == 1:
+            for number in order:
+                found[number] = work.serve(number, bar)
+                if found[number].interrupted:
+                    del found[number]
+                    raise KeyboardInterrupt
+        else:
+            work.elsewhere = True
+            outcomes = in_processes(work, order, jobs)
+            try:
+                with Interrupts() as interrupts:
+                    while True:
+                        with interrupts.let_in():
+                            number, done = next(outcomes, (-1, None))
+                        if done is None:
+                            break
+                        done.trace = work.trace
+                        found[number] = done
+                        if bar is not None:
+                            bar.update(done.accesses)
+            finally:
+                outcomes.close()
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        interrupted = True
+    return MissRatioCurve([found[number] for number in sorted(found)], interrupted=interrupted)
 
 
 def make_eviction(policy: EvictionLike) -> Eviction:

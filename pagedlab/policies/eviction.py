@@ -18,6 +18,9 @@ Two ways to write one:
   every candidate whenever a victim is needed, O(cached)).
 * full: override the observations and `victims`. `evict`, `hit_all`, `release_all` and `remove_all` are short cuts for
   callers that count nanoseconds; who overrides a plain method gets short cuts that follow from it.
+
+A policy that divides the tier among tenants says so by `partitioned`: it is then asked for whom the room is
+(`victims_for`), and `limit` says how much one request can ever have.
 """
 
 from __future__ import annotations
@@ -26,10 +29,10 @@ from collections import OrderedDict
 from collections.abc import Collection, Hashable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import islice, repeat
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pagedlab.policies.base import Policy
-from pagedlab.policies.block import Block
+from pagedlab.policies.block import Block, Origin
 from pagedlab.policies.view import NOTHING_KNOWN, View
 from pagedlab.registry import register
 
@@ -41,6 +44,12 @@ class Eviction(Policy):
 
     slot: ClassVar[str] = "eviction"
     dynamic: ClassVar[bool] = False
+    growth: ClassVar[Literal["constant", "log", "linear"]] = "log"
+    """How the work of a call may grow with the number of cached blocks, amortised; `pagedlab.testing` measures it. With
+    ``dynamic = True`` it is linear whatever is said here.
+    """
+    counts_hits: ClassVar[bool] = False
+    """Says that a block that was hit often outlives one that never was, all else being equal."""
     needs_future: ClassVar[bool] = False
     """`reset` wants ``future``: the keys of all accesses to come, in the order in which `hit` and `miss` will tell of
     them. Only `replay` can give that; see `pagedlab.policies.bounds`.
@@ -68,11 +77,16 @@ class Eviction(Policy):
         """Start empty, for a tier of ``capacity`` blocks."""
         self._released: dict[Block, int] = {}
         self._heap: list[tuple[Score, int, Block]] = []
+        self._front: list[tuple[Score, int, Block]] = []
+        """What earlier looks took from the heap, lowest first: victims are looked for twice before they are gone."""
         self._clock = 0
 
     def priority(self, block: Block) -> Score:
         """Return the block's worth; the lowest is given up first."""
         raise NotImplementedError(f"{type(self).__name__} defines neither priority() nor victims()")
+
+    def begin(self, origin: Origin) -> None:
+        """The hits and misses that follow are those of one admission, of a request that comes from ``origin``."""
 
     def miss(self, key: Hashable, readmitted: bool = False) -> None:
         """A prompt wanted this content and it was not cached. ``readmitted``: asked before, then
@@ -103,29 +117,67 @@ class Eviction(Policy):
         Changes nothing that another call could see: `remove` follows for each block that was really given up.
         """
         # An entry counts as long as its block has not been used since: the number of the release says so.
-        released, heap = self._released, self._heap
+        released, heap, front = self._released, self._heap, self._front
         if self.dynamic:
+            front.clear()
             heap[:] = [(self.priority(block), at, block) for block, at in released.items()]
             heapify(heap)
         elif len(heap) > 2 * len(released) + 64:
             heap[:] = [entry for entry in heap if released.get(entry[2]) == entry[1]]
             heapify(heap)
+        self._forget_the_past()
         chosen: list[Block] = []
-        kept: list[tuple[Score, int, Block]] = []
-        while heap and len(chosen) < n:
-            entry = heap[0]
-            block = entry[2]
-            if released.get(block) != entry[1]:
-                heappop(heap)
-                continue
-            if block not in protected:
-                chosen.append(block)
-                if len(chosen) == n:
-                    break
-            kept.append(heappop(heap))
-        for entry in kept:
-            heappush(heap, entry)
-        return chosen if len(chosen) == n else []
+        i = 0
+        while len(chosen) < n:
+            if i < len(front) and not (heap and heap[0] < front[i]):
+                entry = front[i]
+                if released.get(entry[2]) != entry[1]:
+                    del front[i]
+                    continue
+            elif heap:
+                entry = heappop(heap)
+                if released.get(entry[2]) != entry[1]:
+                    continue
+                front.insert(i, entry)
+            else:
+                return []
+            i += 1
+            if entry[2] not in protected:
+                chosen.append(entry[2])
+        return chosen
+
+    def _forget_the_past(self) -> None:
+        """Drop what is at the head of the front and no longer counts."""
+        released, front = self._released, self._front
+        past = 0
+        for entry in front:
+            if released.get(entry[2]) == entry[1]:
+                break
+            past += 1
+        del front[:past]
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether it matters for whom room is made; read after `reset`."""
+        return False
+
+    def limit(self, origin: Origin) -> int:
+        """Return how many blocks of the tier a request from ``origin`` can have if nothing else runs."""
+        raise NotImplementedError(f"{type(self).__name__} is not partitioned")
+
+    def obtainable(self, origin: Origin, protected: Collection[Block] = ()) -> int:
+        """Return how many released blocks may be given up for ``origin``. Changes nothing."""
+        raise NotImplementedError(f"{type(self).__name__} is not partitioned")
+
+    def victims_for(
+        self, origin: Origin, n: int, free: int, protected: Collection[Block] = ()
+    ) -> list[Block] | None:
+        """Return what to give up before ``n`` blocks are taken for ``origin``, with ``free`` of them free now.
+
+        It may be more than is needed (a share that is used up), but no more than `obtainable`; None if that is not
+        enough. Changes nothing, like `victims`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not partitioned")
 
     def evict(self) -> Block | None:
         """Name one victim and take it as removed: `victims` (1) and `remove` in one call. None if there is none."""
@@ -302,6 +354,8 @@ class FIFO(Eviction):
 @register("eviction", "lfu")
 class LFU(Eviction):
     """Give up the block with the fewest hits; among equals the one stored first. O(log cached)."""
+
+    counts_hits: ClassVar[bool] = True
 
     def priority(self, block: Block) -> Score:
         return block.hits, block.born

@@ -10,10 +10,12 @@ with its choice, every other kernel with itself, or with the reason why it canno
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import ClassVar
 
 from pagedlab.errors import ConfigError
-from pagedlab.policies.base import Policy
+from pagedlab.policies.base import Policy, param
 from pagedlab.registry import register
 
 
@@ -67,12 +69,47 @@ class CPUPaged(Kernel):
     devices = ("cpu",)
 
 
+@register("kernel", "triton-paged")
+class TritonPaged(Kernel):
+    """Reads keys and values where they lie, on a GPU: split-KV decoding and variable-length prefill in Triton.
+
+    Decoding cuts long contexts into pieces that run side by side (flash-decoding, Dao et al. 2023). Runs on the CPU
+    only in Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
+    """
+
+    implementation = "pagedlab.kernels.triton.paged:TritonPagedAttention"
+    devices = ("cuda",)
+    dtypes = ("float32", "bfloat16", "float16")
+
+    batch_invariant: bool = param(False, help="a sequence's output is the same bits whoever shares its batch")
+    split_tokens: int = param(
+        512, low=16, high=2**20, unit="tokens", help="piece of context a program reads, if batch_invariant"
+    )
+
+    def resolve(self, device: str, dtype: str) -> Kernel:
+        if find_spec("triton") is None:
+            raise ConfigError(
+                "kernel 'triton-paged' needs triton, which is not installed; 'gather-sdpa' does without"
+            )
+        if interpreted() and device == "cpu" and dtype in (*self.dtypes, "float64"):
+            return self
+        return super().resolve(device, dtype)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in the interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
 @register("kernel", "auto")
 class Auto(Kernel):
-    """The fastest kernel for the device at hand: cpu-paged on a CPU, gather-sdpa elsewhere."""
+    """The fastest kernel for the device at hand: cpu-paged on a CPU, triton-paged on a GPU, else gather-sdpa."""
 
     implementation = ""
 
     def resolve(self, device: str, dtype: str) -> Kernel:
-        choice: Kernel = CPUPaged() if device.partition(":")[0] == "cpu" else GatherSDPA()
-        return choice.resolve(device, dtype)
+        if device.partition(":")[0] == "cpu":
+            return CPUPaged().resolve(device, dtype)
+        if find_spec("triton") is not None and dtype in TritonPaged.dtypes:
+            return TritonPaged.from_params({}).resolve(device, dtype)
+        return GatherSDPA().resolve(device, dtype)

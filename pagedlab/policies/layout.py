@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagedlab.errors import InvariantBroken
-from pagedlab.policies.base import Policy
+from pagedlab.policies.base import Policy, param
 from pagedlab.registry import register
 
 Int32Array = NDArray[np.int32]
@@ -240,3 +240,165 @@ class CSR(_Rows):
 
     def bytes_read(self, num_blocks: int) -> int:
         return 4 * num_blocks + 4
+
+
+@register("layout", "two-level")
+class TwoLevel(_Rows):
+    """Pages of table entries, and a directory of pages for each row, as an operating system maps memory.
+
+    ::
+
+        index    page, width | 2 0 . . | 1 . . . | . . . . |      entries  | 5 1 8 4 | 2 . . . | 7 3 9 6 |
+                               row 0     row 1     row 2         (pages)     page 0    page 1    page 2
+                 block_of = entries[directory[row, i // page] * page + i % page]
+
+    Nothing ever moves: a table grows by a page that may lie anywhere, and a closed row's pages serve the next. A row
+    wastes less than a page; only the directory is as wide as the longest table. A kernel reads one word per page more
+    than the padded matrix. Changes are O(1) a block, amortised over the growth of both arrays.
+    """
+
+    device_functions = "pagedlab.kernels.layouts:two_level"
+    page: int = param(16, low=1, high=65536, unit="entries", help="table entries on one page")
+
+    def reset(self, *, max_rows: int, max_blocks: int) -> None:
+        super().reset(max_rows=max_rows, max_blocks=max_blocks)
+        self._entries = np.zeros(max(1, max_rows) * self.page, dtype=np.int32)
+        self._free = list(range(max(1, max_rows)))[::-1]
+        self._pages: list[list[int]] = [[] for _ in range(max_rows)]
+        self._directory = np.zeros((max_rows, 1), dtype=np.int32)
+
+    def open(self, row: int, blocks: Sequence[int]) -> None:
+        self._opening(row, len(blocks))
+        self._store(row, 0, blocks)
+
+    def append(self, row: int, blocks: Sequence[int]) -> None:
+        self._store(row, self._extending(row, len(blocks)), blocks)
+
+    def _store(self, row: int, at: int, blocks: Sequence[int]) -> None:
+        pages, size, end = self._pages[row], self.page, at + len(blocks)
+        while len(pages) * size < end:
+            self._add_page(row)
+        done = 0
+        while at < end:
+            page, offset = divmod(at, size)
+            n = min(size - offset, end - at)
+            start = pages[page] * size + offset
+            self._entries[start : start + n] = blocks[done : done + n]
+            at, done = at + n, done + n
+
+    def _add_page(self, row: int) -> None:
+        if not self._free:
+            have = len(self._entries) // self.page
+            self._free = list(range(have, 2 * have))[::-1]
+            self._entries = np.concatenate([self._entries, np.zeros_like(self._entries)])
+        pages, width = self._pages[row], self._directory.shape[1]
+        if len(pages) == width:
+            widest = -(-self.max_blocks // self.page)
+            wider = np.zeros((self.max_rows, min(2 * width, widest)), dtype=np.int32)
+            wider[:, :width] = self._directory
+            self._directory = wider
+        self._directory[row, len(pages)] = self._free[-1]
+        pages.append(self._free.pop())
+
+    def replace(self, row: int, i: int, block: int) -> None:
+        page, offset = divmod(self._within(row, i), self.page)
+        self._entries[self._pages[row][page] * self.page + offset] = block
+
+    def close(self, row: int) -> None:
+        super().close(row)
+        self._free += self._pages[row][::-1]
+        self._pages[row] = []
+
+    def decode(self, row: int) -> list[int]:
+        pages = self._entries.reshape(-1, self.page)[self._pages[row]].reshape(-1)
+        return pages[: max(0, self._lengths[row])].tolist()  # type: ignore[no-any-return]
+
+    def arrays(self) -> tuple[Int32Array, Int32Array]:
+        head = np.array([self.page, self._directory.shape[1]], dtype=np.int32)
+        return self._entries, np.concatenate([head, self._directory.reshape(-1)])
+
+    def bytes_read(self, num_blocks: int) -> int:
+        return 4 * num_blocks + 4 * -(-num_blocks // self.page)
+
+
+@register("layout", "extents")
+class Extents(_Rows):
+    """Runs of adjacent blocks: where each begins in the sequence and where in memory, as file systems keep files.
+
+    ::
+
+        entries  | 0 7 | 3 20 |     | 0 5 |      blocks of row 0: 7 8 9 20 21 ...; of row 1: 5 6 7 ...
+                   row 0              row 1
+        index    | where row 0 begins, its number of runs | row 1 ... |
+                 block_of = start + i - first, of the last run with first <= i (binary search)
+
+    A table in one piece takes 8 bytes however long it is, and a block that continues the last run costs nothing to
+    append. A table without two adjacent blocks takes twice the padded matrix, and every lookup O(log runs). `replace`
+    writes the row anew, O(blocks).
+    """
+
+    device_functions = "pagedlab.kernels.layouts:extents"
+
+    _open_blocks = _open_runs = 0
+
+    def reset(self, *, max_rows: int, max_blocks: int) -> None:
+        super().reset(max_rows=max_rows, max_blocks=max_blocks)
+        self._runs = CSR()
+        self._runs.reset(max_rows=max_rows, max_blocks=2 * max_blocks)
+        self._next = [-1] * max_rows
+        """The block that would continue each row's last run."""
+        self._open_blocks = self._open_runs = 0
+
+    def open(self, row: int, blocks: Sequence[int]) -> None:
+        self._opening(row, len(blocks))
+        self._runs.open(row, [])
+        self._next[row] = -1
+        self._store(row, 0, blocks)
+
+    def append(self, row: int, blocks: Sequence[int]) -> None:
+        self._store(row, self._extending(row, len(blocks)), blocks)
+
+    def _store(self, row: int, at: int, blocks: Sequence[int]) -> None:
+        runs: list[int] = []
+        following = self._next[row]
+        for i, block in enumerate(blocks, at):
+            if block != following:
+                runs += (i, block)
+            following = block + 1
+        self._runs.append(row, runs)
+        self._next[row] = following
+        self._open_blocks += len(blocks)
+        self._open_runs += len(runs) // 2
+
+    def replace(self, row: int, i: int, block: int) -> None:
+        blocks = self.decode(row)
+        blocks[self._within(row, i)] = block
+        self.close(row)
+        self.open(row, blocks)
+
+    def close(self, row: int) -> None:
+        length = self._lengths[row]
+        super().close(row)
+        self._open_blocks -= length
+        self._open_runs -= len(self._runs.decode(row)) // 2
+        self._runs.close(row)
+
+    def decode(self, row: int) -> list[int]:
+        runs = self._runs.decode(row)
+        firsts, starts = runs[::2], runs[1::2]
+        ends = [*firsts[1:], self._lengths[row]]
+        return [
+            b for first, end, start in zip(firsts, ends, starts) for b in range(start, start + end - first)
+        ]
+
+    def arrays(self) -> tuple[Int32Array, Int32Array]:
+        entries, begins = self._runs.arrays()
+        index = np.empty(2 * self.max_rows, dtype=np.int32)
+        index[::2] = begins
+        index[1::2] = [max(0, length) // 2 for length in self._runs._lengths]
+        return entries, index
+
+    def bytes_read(self, num_blocks: int) -> int:
+        """Bytes for runs as long as those of the open rows are on average; of one block if none is open."""
+        runs = num_blocks if not self._open_runs else -(-num_blocks * self._open_runs // self._open_blocks)
+        return 8 * runs + 8

@@ -57,6 +57,16 @@ class OnDemand(Reservation):
         return step_end
 
 
+@register("reservation", "full-prompt")
+class FullPrompt(Reservation):
+    """Claim all that is known when the request is admitted, whatever piece of it this step computes (vLLM's first
+    scheduler; the share of blocks that it kept free besides is ``Config.watermark``).
+    """
+
+    def claim(self, sequence: Claimant, step_end: int, max_model_len: int) -> int:
+        return sequence.num_tokens
+
+
 @register("reservation", "max")
 class Max(Reservation):
     """Claim the longest sequence that the model allows (FasterTransformer, Orca-Max)."""

@@ -3,7 +3,8 @@
 A scheduler asks, the engine grants. `plan` walks over the running and waiting sequences in whatever order it
 likes and calls ``step.grant(sequence, tokens)``; the engine finds the prefix, allocates, preempts, and
 returns how many tokens it granted (0: no room, no seat or no budget). A running sequence that needs memory
-may cost others theirs (slot `preemption`); a waiting one is only admitted into room that is there.
+may cost others theirs (slot `preemption`); a waiting one is only admitted into room that is there, and not in a step
+in which somebody was preempted.
 
 `plan` returns how long its decision stands. None: one step, ask again; a policy that says nothing is never
 wrong. `UNTIL_EVENT`: grant the same sequences one token each, and nobody else, until something happens (an arrival,
@@ -18,7 +19,7 @@ schedulers do anyway; said in one word, the engine need not look at every sequen
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import ClassVar, Final, Literal, Protocol
 
 from pagedlab.policies.base import Policy, param
@@ -39,12 +40,40 @@ class Schedulable(Protocol):
         """Tokens of the prompt."""
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens known now: the prompt and what was generated so far."""
+
+    @property
+    def expected_len(self) -> int:
+        """Prompt and the expected output, if the request came with that hint; else the longest that it can become."""
+
+    @property
     def priority(self) -> int:
         """Higher runs first."""
 
     @property
+    def arrival(self) -> int:
+        """When the request arrived, in picoseconds of the engine's clock."""
+
+    @property
     def request_id(self) -> str:
         """The request (group) it belongs to."""
+
+    @property
+    def request_output(self) -> int:
+        """Output tokens of that request so far, in all its samples."""
+
+    @property
+    def request_ended(self) -> bool:
+        """True once every sample of that request has ended."""
+
+    @property
+    def salt(self) -> Hashable:
+        """The request's tenant."""
+
+    @property
+    def session(self) -> str | None:
+        """The request's session."""
 
 
 class Step(Protocol):
@@ -72,11 +101,14 @@ class Step(Protocol):
     def seats(self) -> int:
         """Sequences that may still be admitted."""
 
+    def cached(self, sequence: Schedulable) -> int:
+        """Tokens of the sequence that are in the cache now and need not be computed. Changes nothing."""
+
     def grant(self, sequence: Schedulable, tokens: int, *, whole: bool = False) -> int:
         """Ask for up to ``tokens`` of a sequence; return how many were granted, after budget and memory.
 
         ``whole`` asks for all that remains or nothing; alone in a step it may exceed the budget (or a long
-        prompt could never run unchunked). A sequence that was preempted during this step gets 0.
+        prompt could never run unchunked). Once somebody was preempted in this step, whoever waits gets 0.
         """
 
 
@@ -97,7 +129,7 @@ class Scheduler(Policy):
         """Ask for grants in order of importance."""
 
 
-def _decoding(step: Step) -> Decision:
+def decoding(step: Step) -> Decision:
     """The decision stands if everyone decodes: whoever waits has just been refused, and is asked about again when a
     sequence has left or joined.
     """
@@ -135,7 +167,31 @@ class IterationLevel(Scheduler):
         for sequence in step.waiting:
             if not step.grant(sequence, sequence.remaining, whole=True):
                 break
-        return _decoding(step)
+        return decoding(step)
+
+
+@register("scheduler", "prefill-first")
+class PrefillFirst(Scheduler):
+    """Whole prompts before anything else; who decodes waits for a step without prompts (vLLM's first scheduler).
+
+    First tokens come early, and every admission is a stall in everybody else's output.
+    """
+
+    def plan(self, step: Step) -> Decision:
+        granted = 0
+        for sequence in step.running:
+            if sequence.remaining > 1:
+                granted += step.grant(sequence, sequence.remaining, whole=True)
+        for sequence in step.waiting:
+            tokens = step.grant(sequence, sequence.remaining, whole=True)
+            if not tokens:
+                break
+            granted += tokens
+        if granted:
+            return None
+        for sequence in step.running:
+            step.grant(sequence, 1)
+        return decoding(step)
 
 
 @register("scheduler", "chunked-prefill")
@@ -154,4 +210,4 @@ class ChunkedPrefill(Scheduler):
         for sequence in step.waiting:
             if not step.grant(sequence, self.max_chunk):
                 break
-        return _decoding(step)
+        return decoding(step)

@@ -35,10 +35,13 @@ class View:
         """For each of the next ``n`` waiting sequences, front first: the keys of the blocks that it will look for."""
         return iter(())
 
+    def prefill_flops(self, start: int, n: int) -> float:
+        """Return the work of computing ``n`` tokens in one go, given the ``start`` tokens before them."""
+        return n * (self.flops_per_token + self.flops_per_pair * (start + (n + 1) / 2))
+
     def recompute_flops(self, block: Block) -> float:
         """Return the work of computing the block's tokens again, given all before them."""
-        pairs = block.depth + (block.fill + 1) / 2
-        return block.fill * (self.flops_per_token + self.flops_per_pair * pairs)
+        return self.prefill_flops(block.depth, block.fill)
 
 
 NOTHING_KNOWN = View()

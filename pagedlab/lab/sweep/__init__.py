@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from pagedlab.config import Config
@@ -23,7 +19,7 @@ from pagedlab.lab.sweep.identity import described, described_config
 from pagedlab.lab.sweep.points import Grid, lay_out
 from pagedlab.lab.sweep.results import Sweep, load_sweep
 from pagedlab.lab.sweep.work import Measure
-from pagedlab.lab.sweep.workers import here, in_processes
+from pagedlab.lab.workers import Interrupts, cores, here, in_processes
 
 __all__ = ["Sweep", "load_sweep", "sweep"]
 
@@ -100,13 +96,13 @@ def sweep(
             book.write(interrupted=False)
         return book.sweep(interrupted=False)
     order = {_job(grid, n): n for n in todo}
-    jobs = min(_cores() if jobs is None and how != "run" else jobs or 1, len(todo))
+    jobs = min(cores() if jobs is None and how != "run" else jobs or 1, len(todo))
     book.write(interrupted=True)
     outcomes = in_processes(grid.work, list(order), jobs) if jobs > 1 else here(grid.work, list(order))
     bar = _bar(progress, len(todo))
     interrupted = False
     try:
-        with _Interrupts() as interrupts:
+        with Interrupts() as interrupts:
             try:
                 while True:
                     with interrupts.let_in():
@@ -127,53 +123,10 @@ def sweep(
     return book.sweep(interrupted=interrupted)
 
 
-class _Interrupts:
-    """While it is entered, Ctrl-C raises `KeyboardInterrupt` where it is let in, and when it is pressed twice.
-
-    Elsewhere it is remembered until it is. Only the main thread can take signals.
-    """
-
-    def __init__(self) -> None:
-        self._mine = threading.current_thread() is threading.main_thread()
-        self._asked = self._open = False
-        self._before: Any = None
-
-    def __enter__(self) -> _Interrupts:
-        if self._mine:
-            self._before = signal.signal(signal.SIGINT, self._heard)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._mine:
-            signal.signal(signal.SIGINT, signal.default_int_handler if self._before is None else self._before)
-
-    def _heard(self, number: int, frame: FrameType | None) -> None:
-        if self._open or self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-
-    @contextmanager
-    def let_in(self) -> Iterator[None]:
-        """Let Ctrl-C in; one that was pressed before raises at once."""
-        self._open = True
-        try:
-            if self._asked:
-                raise KeyboardInterrupt
-            yield
-        finally:
-            self._open = False
-
-
 def _job(grid: Grid, number: int) -> int:
     job = grid.points[number].job
     assert job is not None
     return job
-
-
-def _cores() -> int:
-    from joblib import cpu_count
-
-    return int(cpu_count())
 
 
 def _bar(progress: bool | None, total: int) -> Any:

@@ -9,7 +9,7 @@ import inspect
 import signal
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from pagedlab.lab.replay import Replay, make_eviction, replay
 from pagedlab.lab.results import Run
 from pagedlab.lab.simulate import simulate
 from pagedlab.lab.sweep.identity import described_config, plain
+from pagedlab.policies.base import Policy
 from pagedlab.workloads import Workload
 
 Measure = Callable[[Any], Any]
@@ -135,6 +136,13 @@ class Work:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_held": OrderedDict()}
+
+    def policies(self) -> Iterator[Policy]:
+        """Return every policy object of the jobs."""
+        for job in self.jobs:
+            for value in (*vars(job.config).values(), *job.options.values()):
+                if isinstance(value, Policy):
+                    yield value
 
     def workload(self, variant: int) -> Workload | Accesses:
         """Return a workload, made anew if it was not among the last ones."""

@@ -32,7 +32,7 @@ class ByCost(Grouped):
 
     def idle(self, block: Block) -> int:
         """Picoseconds since the last release, at least 1."""
-        return max(1, self.view.now - block.last_released)
+        return max(1, self._now - block.last_released)
 
 
 @register("eviction", "pensieve")
@@ -105,7 +105,7 @@ class Marconi(ByCost):
         self._most = max((group for group, _ in pairs), default=0.0)
 
     def worth(self, group: float, block: Block) -> Score:
-        span, range_ = self.view.now - self._oldest, self._most - self._least
+        span, range_ = self._now - self._oldest, self._most - self._least
         recency = (block.last_released - self._oldest) / span if span > 0 else 0.0
         efficiency = (group - self._least) / range_ if range_ > 0 else 0.0
         return recency + self.alpha * efficiency

@@ -29,15 +29,18 @@ class _Ageing(Ranked):
         """Return what is added to the age."""
         raise NotImplementedError
 
+    def release(self, block: Block) -> None:
+        self._score[block] = self._age + self.worth(block)
+        super().release(block)
+
     def priority(self, block: Block) -> Score:
-        score = self._score[block] = self._age + self.worth(block)
-        return score
+        return self._score[block]
 
     def remove(self, block: Block) -> None:
+        score = self._score.pop(block, 0.0)
         if block is self._first():
-            self._age = self._score[block]
-        self._score.pop(block, None)
-        super().remove(block)
+            self._age = score
+        self._released.pop(block, None)
 
     def stats(self) -> dict[str, Any]:
         return {"age": self._age}
@@ -133,11 +136,23 @@ class PGDSF(Grouped):
     def worth(self, group: None, block: Block) -> Score:
         return self._score[block]
 
+    def _leaf(self) -> Block | None:
+        """Return the leaf with the lowest score."""
+        heap = self._groups.get(None)
+        entry = self._first(heap) if heap else None
+        return None if entry is None else entry[2]
+
     def remove(self, block: Block) -> None:
         score = self._score.pop(block, None)
-        if score is not None and self.victims(1) == [block]:
+        if score is not None and block is self._leaf():
             self._age = score
         super().remove(block)
+
+    def evict(self) -> Block | None:
+        block = self._leaf() or next(iter(self.victims(1)), None)
+        if block is not None:
+            self.remove(block)
+        return block
 
     def stats(self) -> dict[str, Any]:
         return {"age": self._age}

@@ -57,6 +57,8 @@ class Grouped(Eviction):
     def _empty(self) -> None:
         self._groups: dict[Hashable, list[Entry]] = {}
         self._entries = 0
+        self._now = 0
+        """When victims were last asked for, in picoseconds: what `worth` means by now."""
         self._resident: dict[Hashable, Block] = {}
         self._children: dict[Hashable, int] = {}
         """Cached blocks by the key of their parent, whether that is cached or not."""
@@ -122,16 +124,22 @@ class Grouped(Eviction):
         if len(self._released) < n:
             return []
         groups, released, children = self._groups, self._released, self._children
-        firsts = [(group, heap, self._first(heap)) for group, heap in groups.items()]
-        for group, _, first in firsts:
-            if first is None:
-                del groups[group]
-        self.survey((group, first[2]) for group, _, first in firsts if first is not None)
-        number = count()
+        empty: list[Hashable] = []
+        for group, heap in groups.items():
+            # `_first`, without the calls.
+            while heap and (released.get(heap[0][2]) != heap[0][1] or heap[0][2].key in children):
+                heappop(heap)
+                self._entries -= 1
+            if not heap:
+                empty.append(group)
+        for group in empty:
+            del groups[group]
+        self._now = self.view.now
+        self.survey((group, heap[0][2]) for group, heap in groups.items())
+        number, worth_of = count(), self.worth
         heads = [
-            (self.worth(group, first[2]), first[1], next(number), first[2], group, heap)
-            for group, heap, first in firsts
-            if first is not None
+            (worth_of(group, heap[0][2]), heap[0][1], next(number), heap[0][2], group, heap)
+            for group, heap in groups.items()
         ]
         if n == 1 and not protected and heads:
             return [min(heads)[3]]

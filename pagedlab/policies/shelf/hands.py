@@ -72,12 +72,12 @@ class Clock(Eviction):
 
     def victims(self, n: int, protected: Collection[Block] = ()) -> list[Block]:
         chosen = choose(n, protected, self._unmarked)
-        if chosen or len(self._unmarked) + len(self._marked.at) < n:
+        if chosen or len(self._unmarked) + len(self._marked) < n:
             return chosen
         return choose(n, protected, self._unmarked, (b for _, b in self._marked.lowest(n + len(protected))))
 
     def stats(self) -> dict[str, Any]:
-        return {"marked": len(self._marked.at), "unmarked": len(self._unmarked)}
+        return {"marked": len(self._marked), "unmarked": len(self._unmarked)}
 
 
 class _Side:
@@ -145,7 +145,7 @@ class Sieve(Eviction):
             return None
         block, place = self._ahead.unseen.popitem(last=False)
         self._pass(place)
-        if not self._ahead.unseen and not self._ahead.seen.at:
+        if not self._ahead.unseen and not self._ahead.seen:
             self._turn()
         return block
 
@@ -170,4 +170,4 @@ class Sieve(Eviction):
 
     def stats(self) -> dict[str, Any]:
         sides = (self._ahead, self._behind)
-        return {"visited": sum(len(s.seen.at) for s in sides), "unvisited": sum(len(s.unseen) for s in sides)}
+        return {"visited": sum(len(s.seen) for s in sides), "unvisited": sum(len(s.unseen) for s in sides)}

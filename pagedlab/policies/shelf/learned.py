@@ -128,7 +128,7 @@ class Returning(Grouped):
         self._class_weights[kind.request_class] += step
 
     def worth(self, group: Kind, block: Block) -> Score:
-        return self._logit(group, _seconds(self.view.now - block.last_released)), block.last_released
+        return self._logit(group, _seconds(self._now - block.last_released)), block.last_released
 
     def group(self, block: Block) -> Kind:
         session = None if block.session is None else self._sessions.get(block.session)

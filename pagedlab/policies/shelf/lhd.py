@@ -83,7 +83,9 @@ class LHD(Sampled):
     def worst(self, candidates: list[Block]) -> Block:
         now, grain, used, kinds, density = self._accesses, self._grain, self._used, self._class, self._density
         last = _BINS - 1
-        worth = [density[kinds[b]][min(last, (now - used[b]) // grain)] for b in candidates]
+        worth = [
+            density[kinds[b]][age if (age := (now - used[b]) // grain) < last else last] for b in candidates
+        ]
         return candidates[worth.index(min(worth))]
 
     def remove(self, block: Block) -> None:

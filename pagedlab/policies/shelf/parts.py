@@ -15,9 +15,10 @@ Rules that hold for the whole shelf:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Iterable
-from heapq import heapify, heappop, heappush
-from itertools import chain, islice
+from collections.abc import Collection, Hashable, Iterable, Iterator
+from heapq import heapify, heappop, heappush, merge
+from itertools import chain, islice, takewhile
+from math import inf
 from typing import Generic, TypeVar
 
 from pagedlab.policies.block import Block
@@ -44,13 +45,14 @@ class Ranked(Eviction):
     """The order of `priority` as read at release; the first can be seen and taken without further ado."""
 
     def _first(self) -> Block | None:
-        heap, released = self._heap, self._released
-        while heap:
-            _, at, block = heap[0]
-            if released.get(block) == at:
-                return block
+        heap, front, released = self._heap, self._front, self._released
+        while heap and released.get(heap[0][2]) != heap[0][1]:
             heappop(heap)
-        return None
+        if front:
+            self._forget_the_past()
+        if front and not (heap and heap[0] < front[0]):
+            return front[0][2]
+        return heap[0][2] if heap else None
 
     def evict(self) -> Block | None:
         block = self._first()
@@ -62,59 +64,96 @@ class Ranked(Eviction):
 class Places:
     """Blocks in the order of numbers (from 1) that they keep: what is taken out can be put back where it was.
 
-    O(log n) to put, O(1) to take out.
+    O(1) at the end of the queue and for what comes back before the search has been past its place, else O(log n).
     """
 
     def __init__(self) -> None:
-        self.at: dict[Block, int] = {}
-        # An entry counts if `at` says the same; a block that came back to its place may have two.
+        self._line: OrderedDict[Block, int] = OrderedDict()
+        """Numbers that rise; negative for blocks that are out."""
+        self._last = 0
+        self._at: dict[Block, int] = {}
+        # Below the line: those that came back late. An entry counts if `_at` says the same.
         self._heap: list[tuple[int, Block]] = []
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
 
     def put(self, block: Block, number: int) -> None:
         """Put the block at this place."""
-        self.at[block] = number
-        if len(self._heap) > 2 * len(self.at) + 64:
-            self._heap = [(at, b) for b, at in self.at.items()]
-            heapify(self._heap)
+        line = self._line
+        self._size += 1
+        if number > self._last:
+            if block in line:
+                del line[block]
+            line[block] = self._last = number
+        elif line.get(block) == -number:
+            line[block] = number
         else:
-            heappush(self._heap, (number, block))
+            self._at[block] = number
+            if len(self._heap) > 2 * len(self._at) + 64:
+                self._heap = [(at, b) for b, at in self._at.items()]
+                heapify(self._heap)
+            else:
+                heappush(self._heap, (number, block))
 
     def take(self, block: Block) -> int:
         """Take the block out and return its place; 0 if it is not here."""
-        return self.at.pop(block, 0)
+        number = self._line.get(block, 0)
+        if number > 0:
+            self._line[block] = -number
+        elif not (number := self._at.pop(block, 0)):
+            return 0
+        self._size -= 1
+        return number
+
+    def _heads(self) -> tuple[float, float]:
+        """Return the lowest number of either kind, and drop what does not count before it."""
+        line, heap, at = self._line, self._heap, self._at
+        while heap and at.get(heap[0][1]) != heap[0][0]:
+            heappop(heap)
+        while line and line[block := next(iter(line))] < 0:
+            del line[block]
+        return heap[0][0] if heap else inf, line[next(iter(line))] if line else inf
 
     def first(self) -> Block | None:
         """Return the block with the lowest number."""
-        heap, at = self._heap, self.at
-        while heap:
-            number, block = heap[0]
-            if at.get(block) == number:
-                return block
-            heappop(heap)
-        return None
+        early, late = self._heads()
+        if early < late:
+            return self._heap[0][1]
+        return next(iter(self._line), None)
 
     def take_below(self, number: float) -> list[tuple[int, Block]]:
         """Take out all that are before ``number``, lowest first, and return them with their places."""
-        heap, at = self._heap, self.at
         taken: list[tuple[int, Block]] = []
-        while heap and heap[0][0] < number:
-            entry = heappop(heap)
-            if at.get(entry[1]) == entry[0]:
-                del at[entry[1]]
-                taken.append(entry)
+        while self._size:
+            early, late = self._heads()
+            if min(early, late) >= number:
+                break
+            if early < late:
+                entry = heappop(self._heap)
+                del self._at[entry[1]]
+            else:
+                block, at = self._line.popitem(last=False)
+                entry = (at, block)
+            self._size -= 1
+            taken.append(entry)
         return taken
 
-    def lowest(self, n: int, below: float = float("inf")) -> list[tuple[int, Block]]:
+    def lowest(self, n: int, below: float = inf) -> list[tuple[int, Block]]:
         """Return up to ``n`` of those before ``below``, lowest first, with their places. They stay."""
-        heap, at = self._heap, self.at
-        kept: list[tuple[int, Block]] = []
-        while heap and len(kept) < n and heap[0][0] < below:
+        self._heads()
+        heap, at = self._heap, self._at
+        early: list[tuple[int, Block]] = []
+        while heap and len(early) < n and heap[0][0] < below:
             entry = heappop(heap)
-            if at.get(entry[1]) == entry[0] and (not kept or kept[-1] != entry):
-                kept.append(entry)
-        for entry in kept:
+            if at.get(entry[1]) == entry[0] and (not early or early[-1] != entry):
+                early.append(entry)
+        for entry in early:
             heappush(heap, entry)
-        return kept
+        inside = ((number, block) for block, number in self._line.items() if number > 0)
+        line: Iterator[tuple[int, Block]] = takewhile(lambda entry: entry[0] < below, inside)
+        return list(islice(merge(early, line) if early else line, n))
 
 
 class Ghosts(Generic[V]):
@@ -150,5 +189,6 @@ class Ghosts(Generic[V]):
             self._aside.popitem(last=False)
 
     def claim(self, key: Hashable) -> V | None:
-        """Return what was put aside for this key."""
-        return self._aside.pop(key, None)
+        """Return what was put aside for this key, or, where nobody was told of a miss, what is remembered of it."""
+        memory = self._aside.pop(key, None)
+        return self.gone.pop(key, None) if memory is None else memory

@@ -7,7 +7,7 @@ from collections.abc import Collection, Hashable, Sequence
 from typing import Any, cast
 
 from pagedlab.policies.base import param
-from pagedlab.policies.block import Block
+from pagedlab.policies.block import Block, Origin
 from pagedlab.policies.bounds import refuse_future
 from pagedlab.policies.eviction import Eviction, Score
 from pagedlab.policies.shelf.groups import Grouped
@@ -57,6 +57,9 @@ class LeafFirst(Eviction):
     def hit(self, block: Block) -> None:
         self._idle.discard(block)
         self._inner.hit(block)
+
+    def begin(self, origin: Origin) -> None:
+        self._inner.begin(origin)
 
     def release(self, block: Block) -> None:
         self._idle.add(block)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Hashable
-from itertools import islice
 from typing import Any
 
 from pagedlab.policies.base import param
@@ -42,8 +41,7 @@ class TwoQ(Eviction):
             self._out.put_aside(key, True)
 
     def insert(self, block: Block) -> None:
-        known = self._out.find(block.key)
-        if not self._out.claim(block.key) and not known:
+        if not self._out.claim(block.key):
             self._places[block] = 0
 
     def hit(self, block: Block) -> None:
@@ -108,27 +106,31 @@ class MQ(Eviction):
         self._level: dict[Block, int] = {}
         """Where a released block is."""
         self._accesses = 0
+        self._soonest = 0
+        """No block above the lowest queue expires before."""
         self._out: Ghosts[int] = Ghosts(int(capacity * self.qout))
 
     def _access(self) -> None:
         self._accesses = now = self._accesses + 1
-        for level, queue in enumerate(islice(self._queues, 1, None)):
+        if now <= self._soonest:
+            return
+        self._soonest = now + self.lifetime
+        for level in range(1, self.queues):
+            queue = self._queues[level]
             if queue and queue[block := next(iter(queue))] < now:
                 del queue[block]
-                self._queues[level][block] = now + self.lifetime
-                self._level[block] = level
-
-    def _recall(self, key: Hashable, more: int) -> None:
-        if (uses := self._out.find(key)) is not None:
-            self._out.put_aside(key, uses + more)
+                self._queues[level - 1][block] = now + self.lifetime
+                self._level[block] = level - 1
+            if queue:
+                self._soonest = min(self._soonest, queue[next(iter(queue))])
 
     def miss(self, key: Hashable, readmitted: bool = False) -> None:
         self._access()
-        self._recall(key, not readmitted)
+        if (uses := self._out.find(key)) is not None:
+            self._out.put_aside(key, uses - readmitted)
 
     def insert(self, block: Block) -> None:
-        self._recall(block.key, 1)
-        self._uses[block] = self._out.claim(block.key) or 1
+        self._uses[block] = (self._out.claim(block.key) or 0) + 1
 
     def hit(self, block: Block) -> None:
         self._access()

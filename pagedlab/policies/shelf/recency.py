@@ -11,6 +11,9 @@ from pagedlab.policies.eviction import LRU, Score
 from pagedlab.policies.shelf.parts import Ghosts, Ranked, choose
 from pagedlab.registry import register
 
+_LATER = 1 << 62
+"""More than any time."""
+
 
 @register("eviction", "mru")
 class MRU(LRU):
@@ -45,35 +48,35 @@ class LRUK(Ranked):
 
     def reset(self, *, capacity: int) -> None:
         super().reset(capacity=capacity)
-        self._uses: dict[Block, tuple[int, ...]] = {}
+        self._uses: dict[Block, list[int]] = {}
         """Times of the last K uses, latest last."""
-        self._ghosts: Ghosts[tuple[int, ...]] = Ghosts(int(self.history * capacity))
+        self._ghosts: Ghosts[list[int]] = Ghosts(int(self.history * capacity))
 
     def priority(self, block: Block) -> Score:
         uses = self._uses[block]
-        return (1, uses[0]) if len(uses) == self.k else (0, uses[-1])
-
-    def _recall(self, key: Hashable) -> None:
-        if (uses := self._ghosts.find(key)) is not None:
-            self._ghosts.put_aside(key, uses)
+        return uses[0] + _LATER if len(uses) == self.k else uses[-1]
 
     def miss(self, key: Hashable, readmitted: bool = False) -> None:
-        self._recall(key)
-        if readmitted and (uses := self._ghosts.claim(key)):
-            # Its insert will count as the use that it had.
-            self._ghosts.put_aside(key, uses[:-1])
+        if (uses := self._ghosts.find(key)) is not None:
+            # The insert of a readmitted block counts as the use that it had.
+            self._ghosts.put_aside(key, uses[:-1] if readmitted else uses)
 
     def insert(self, block: Block) -> None:
-        self._recall(block.key)
-        before = self._ghosts.claim(block.key) or ()
-        self._uses[block] = (*before, self._clock)[-self.k :]
+        self._uses[block] = self._ghosts.claim(block.key) or []
+        self._use(block)
 
     def hit(self, block: Block) -> None:
         super().hit(block)
-        self._uses[block] = (*self._uses[block], self._clock)[-self.k :]
+        self._use(block)
+
+    def _use(self, block: Block) -> None:
+        uses = self._uses[block]
+        uses.append(self._clock)
+        if len(uses) > self.k:
+            del uses[0]
 
     def release(self, block: Block) -> None:
-        self._uses[block] = (*self._uses[block][:-1], self._clock + 1)
+        self._uses[block][-1] = self._clock + 1
         super().release(block)
 
     def remove(self, block: Block) -> None:

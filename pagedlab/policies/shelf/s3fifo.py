@@ -61,9 +61,7 @@ class S3FIFO(Eviction):
             self._ghosts.put_aside(key, True)
 
     def insert(self, block: Block) -> None:
-        known = self._ghosts.find(block.key)
-        known = self._ghosts.claim(block.key) or known
-        if not known and not (self._filling and len(self._new) >= self._share):
+        if not self._ghosts.claim(block.key) and not (self._filling and len(self._new) >= self._share):
             self._new.add(block)
         self._marks[block] = 0
 
@@ -107,7 +105,7 @@ class S3FIFO(Eviction):
 
     def _from_main(self) -> Block | None:
         """Let the main queue go on to its first block without a mark, and take that."""
-        while not self._main and any(queue.at for queue in self._marked):
+        while not self._main and any(self._marked):
             self._put_back(inf)
         if not self._main:
             return None
@@ -163,7 +161,7 @@ class S3FIFO(Eviction):
     def _order(self, most: int, protected: Collection[Block]) -> Iterator[Block]:
         """What `_take_first` would take, again and again, if it passed over protected blocks."""
         cold = self._cold.lowest(most)
-        warm = deque(self._warm.lowest(len(self._warm.at), cold[-1][0] if len(cold) == most else inf))
+        warm = deque(self._warm.lowest(len(self._warm), cold[-1][0] if len(cold) == most else inf))
         small = iter([entry for entry in cold if entry[1] not in protected])
         main = iter([block for block in islice(self._main, most) if block not in protected])
         late: deque[Block] = deque()
@@ -187,5 +185,5 @@ class S3FIFO(Eviction):
             yield block
 
     def stats(self) -> dict[str, Any]:
-        main = len(self._main) + sum(len(queue.at) for queue in self._marked)
+        main = len(self._main) + sum(len(queue) for queue in self._marked)
         return {"small": len(self._new), "main": main, "ghosts": len(self._ghosts)}

@@ -83,28 +83,31 @@ class Sampled(Eviction):
         if left - sum(block in index for block in set(protected)) < n:
             return []
         chosen: list[Block] = []
-        moved: dict[int, Block] = {}
-        """What the array would have here, once those chosen were taken out."""
-        places: dict[Block, int] = {}
-        for number in range(n):
-            spots = [int(draw * left) for draw in self._sample(number)]
-            candidates = [moved.get(spot) or array[spot] for spot in spots]
-            if protected:
-                free = [block for block in candidates if block not in protected]
-                spot = spots[0]
-                while not free:
-                    spot = (spot + 1) % left
-                    block = moved.get(spot) or array[spot]
-                    free = [block] if block not in protected else []
-                candidates = free
-            block = self.worst(candidates)
-            chosen.append(block)
-            left -= 1
-            last = moved.get(left) or array[left]
-            if last is not block:
-                at = places.get(block, index[block])
-                moved[at] = last
-                places[last] = at
+        swaps: list[tuple[int, Block]] = []
+        try:
+            for number in range(n):
+                candidates = [array[int(draw * left)] for draw in self._sample(number)]
+                if protected:
+                    free = [block for block in candidates if block not in protected]
+                    spot = index[candidates[0]]
+                    while not free:
+                        spot = (spot + 1) % left
+                        free = [] if array[spot] in protected else [array[spot]]
+                    candidates = free
+                block = self.worst(candidates)
+                chosen.append(block)
+                # As if it were taken out: the last takes its place.
+                left -= 1
+                at, last = index[block], array[left]
+                swaps.append((at, last))
+                array[at], array[left] = last, block
+                index[last], index[block] = at, left
+        finally:
+            for at, last in reversed(swaps):
+                block = array[left]
+                array[at], array[left] = block, last
+                index[last], index[block] = left, at
+                left += 1
         return chosen
 
 

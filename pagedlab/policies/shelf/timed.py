@@ -75,7 +75,7 @@ class WorkloadAware(Grouped):
         return block.last_released, -block.depth
 
     def worth(self, group: _Reuse, block: Block) -> Score:
-        age = max(0, self.view.now - block.last_released)
+        age = max(0, self._now - block.last_released)
         return group.probability(age, self._life), block.last_released, -block.depth
 
     def release(self, block: Block) -> None:
@@ -181,5 +181,5 @@ class TimeToLive(Grouped):
         return Retention(asked, inf if seconds is None else seconds * PS_PER_SECOND)
 
     def worth(self, group: Retention, block: Block) -> Score:
-        lapsed = self.view.now - block.last_released >= group.lasts
+        lapsed = self._now - block.last_released >= group.lasts
         return float(min(group.priority, self.default) if lapsed else group.priority)

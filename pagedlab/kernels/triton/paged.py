@@ -1,0 +1,372 @@
+"""`TritonPagedAttention`: paged attention on a GPU, for every layout that has a Triton `block_of`.
+
+A batch in which every sequence has one query token runs through `decode`, with each context cut into pieces until
+the GPU is full; any other batch through one launch of `prefill`. With ``batch_invariant`` a sequence's output is the
+same bits whoever shares its batch: decoding sequences then always go through `decode`, in pieces of a fixed length.
+In either mode equal inputs give equal bits: there are no atomics, and sums are taken in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+
+from pagedlab.errors import ConfigError
+from pagedlab.kernels.base import AttentionBatch
+from pagedlab.kernels.layouts import triton_block_of
+from pagedlab.kernels.triton.cache_write import rotate_and_store, store_tokens
+from pagedlab.kernels.triton.decode import decode_splits, reduce_splits
+from pagedlab.kernels.triton.moves import move_blocks, on
+from pagedlab.kernels.triton.prefill import prefill_tiles
+from pagedlab.kernels.triton.shapes import MOST_CHANNELS, Shape, round_up
+from pagedlab.policies.layout import Layout
+
+MOST_SPLITS = 64
+"""Pieces of a context at most, where they are cut to fill the GPU: joining them is serial."""
+PROGRAMS_PER_PROCESSOR = 2
+"""Programs of `decode` that are wanted on each multiprocessor before contexts are cut into more pieces."""
+INTERPRETED_PROCESSORS = 4
+OPERANDS = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A batch on the device, once for all layers."""
+
+    batch: AttentionBatch
+    device: torch.device
+    entries: torch.Tensor
+    index: torch.Tensor
+    query_start: torch.Tensor
+    context_lens: torch.Tensor
+    rows: torch.Tensor
+    slots: torch.Tensor
+    decodes: torch.Tensor
+    """Sequences for `decode`."""
+    chunks: list[int]
+    """Sequences for `prefill`, which is cut into tiles when the group is known."""
+    tiles: dict[int, torch.Tensor]
+    """By query tokens a tile: int32 [num_tiles, 2], sequence and first token."""
+
+
+class TritonPagedAttention:
+    """Triton kernels for caches of float32, bfloat16 and float16 (and float64 in the interpreter).
+
+    ``split_tokens`` is the length of a piece of context if ``batch_invariant``.
+    """
+
+    axis_order: tuple[str, ...] = ("block", "head", "token", "channel")
+
+    def __init__(
+        self, layout: Layout, *, batch_invariant: bool = False, split_tokens: int = 512, **params: Any
+    ) -> None:
+        self._block_of = triton_block_of(layout)
+        self.batch_invariant, self.split_tokens = batch_invariant, split_tokens
+        self._plan: _Plan | None = None
+
+    def allocate(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Return an empty [num_blocks, num_kv_heads, block_size, head_size]; `ConfigError` beyond 256 channels."""
+        if head_size > MOST_CHANNELS:
+            raise ConfigError(
+                f"kernel 'triton-paged' serves heads of up to {MOST_CHANNELS} channels, not {head_size}; "
+                "'gather-sdpa' serves any"
+            )
+        return torch.empty(num_blocks, num_kv_heads, block_size, head_size, dtype=dtype, device=device)
+
+    def write(self, cache: torch.Tensor, new: torch.Tensor, batch: AttentionBatch) -> None:
+        """Store ``new`` [num_tokens, num_kv_heads, head_size] at ``batch.slots``."""
+        num_tokens, num_heads, size = new.shape
+        if num_tokens == 0:
+            return
+        plan = self._on_device(batch, cache.device)
+        new = _by_channel(new)
+        with on(cache.device):
+            store_tokens[num_tokens, num_heads](
+                _whole(cache),
+                new,
+                plan.slots,
+                new.stride(0),
+                new.stride(1),
+                NUM_KV_HEADS=num_heads,
+                BLOCK_SIZE=cache.shape[2],
+                SIZE=size,
+                PADDED=triton.next_power_of_2(size),
+            )
+
+    def write_rotated(
+        self,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        batch: AttentionBatch,
+        *,
+        interleaved: bool = False,
+    ) -> None:
+        """Store ``value`` and the rotated ``key`` [num_tokens, num_kv_heads, size] at ``batch.slots`` in one launch.
+
+        ``cos`` and ``sin`` [num_tokens, rotary_size / 2] turn the first ``rotary_size`` channels; the partner of a
+        channel is half of them away or, ``interleaved``, its neighbour.
+        """
+        num_tokens, num_heads, size = key.shape
+        if num_tokens == 0:
+            return
+        plan = self._on_device(batch, key_cache.device)
+        key, value = _by_channel(key), _by_channel(value)
+        with on(key_cache.device):
+            rotate_and_store[num_tokens, num_heads](
+                _whole(key_cache),
+                _whole(value_cache),
+                key,
+                value,
+                cos.contiguous(),
+                sin.contiguous(),
+                plan.slots,
+                key.stride(0),
+                key.stride(1),
+                value.stride(0),
+                value.stride(1),
+                NUM_KV_HEADS=num_heads,
+                BLOCK_SIZE=key_cache.shape[2],
+                SIZE=size,
+                VALUE_SIZE=value.shape[-1],
+                PADDED=triton.next_power_of_2(size),
+                VALUE_PADDED=triton.next_power_of_2(value.shape[-1]),
+                ROTARY=2 * cos.shape[-1],
+                INTERLEAVED=interleaved,
+                REAL=_real(key.dtype),
+            )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return [num_tokens, num_heads, value_head_size]; see `pagedlab.kernels.base`."""
+        num_tokens, num_heads, size = query.shape
+        num_kv_heads, value_size = value_cache.shape[1], value_cache.shape[-1]
+        out = torch.empty(num_tokens, num_heads, value_size, dtype=query.dtype, device=query.device)
+        if num_tokens == 0:
+            return out
+        plan = self._on_device(batch, query.device)
+        shape = Shape.of(num_heads // num_kv_heads, size, value_size, key_cache.dtype.itemsize)
+        query = _by_channel(query.to(key_cache.dtype))
+        sources = (
+            query,
+            _whole(key_cache),
+            _whole(value_cache),
+            alibi_slopes,
+            sinks,
+            plan.entries,
+            plan.index,
+        )
+        constants: dict[str, Any] = {
+            "block_of": self._block_of,
+            "NUM_KV_HEADS": num_kv_heads,
+            "BLOCK_SIZE": key_cache.shape[2],
+            "SCALE": float(scale),
+            "WINDOW": sliding_window or 0,
+            "SOFT_CAP": float(soft_cap or 0.0),
+            "OPERAND": _operand(key_cache),
+            "REAL": _real(key_cache.dtype),
+            **shape.constants,
+        }
+        with on(query.device):
+            if len(plan.decodes):
+                self._decode(out, sources, plan, shape, constants)
+            if plan.chunks:
+                tiles = self._tiles(plan, shape)
+                prefill_tiles[len(tiles), num_kv_heads](
+                    out,
+                    *sources,
+                    tiles,
+                    plan.query_start,
+                    plan.context_lens,
+                    plan.rows,
+                    query.stride(0),
+                    query.stride(1),
+                    ROWS=shape.prefill_rows,
+                    TILE=shape.prefill_tile,
+                    **constants,
+                    **shape.prefill_options,
+                )
+        return out
+
+    def _decode(
+        self,
+        out: torch.Tensor,
+        sources: tuple[Any, ...],
+        plan: _Plan,
+        shape: Shape,
+        constants: dict[str, Any],
+    ) -> None:
+        query, num_decodes = sources[0], len(plan.decodes)
+        num_kv_heads, num_heads, value_size = constants["NUM_KV_HEADS"], *out.shape[1:]
+        visible = plan.batch.max_context_len
+        if constants["WINDOW"]:
+            # The first piece begins at a whole tile, so that it may hold up to a tile of keys that are out of sight.
+            visible = min(visible, constants["WINDOW"] + shape.decode_tile - 1)
+        split_len = self.split_len(visible, num_decodes * num_kv_heads, shape.decode_tile, out.device)
+        num_splits = -(-visible // split_len)
+        real = torch.float64 if query.dtype == torch.float64 else torch.float32
+        parts = sums = None
+        if num_splits > 1:
+            parts = torch.empty(num_decodes, num_heads, num_splits, value_size, dtype=real, device=out.device)
+            sums = torch.empty(num_decodes, num_heads, num_splits, dtype=real, device=out.device)
+        decode_splits[num_decodes, num_kv_heads, num_splits](
+            out,
+            parts,
+            sums,
+            *sources,
+            plan.decodes,
+            plan.query_start,
+            plan.context_lens,
+            plan.rows,
+            split_len,
+            num_splits,
+            query.stride(0),
+            query.stride(1),
+            ROWS=shape.decode_rows,
+            TILE=shape.decode_tile,
+            SPLIT=num_splits > 1,
+            **constants,
+            **shape.decode_options,
+        )
+        if num_splits > 1:
+            reduce_splits[num_decodes, num_heads](
+                out,
+                parts,
+                sums,
+                plan.decodes,
+                plan.query_start,
+                plan.context_lens,
+                split_len,
+                num_splits,
+                NUM_HEADS=num_heads,
+                VALUE_SIZE=value_size,
+                VALUE_PADDED=constants["VALUE_PADDED"],
+                TILE=shape.decode_tile,
+                WINDOW=constants["WINDOW"],
+                REAL=constants["REAL"],
+                num_warps=1,
+            )
+
+    def split_len(self, visible: int, programs: int, tile: int, device: torch.device) -> int:
+        """Return the keys of a piece, where the longest context has ``visible`` and one piece makes ``programs``."""
+        if self.batch_invariant:
+            return round_up(self.split_tokens, tile)
+        wanted = -(-PROGRAMS_PER_PROCESSOR * _processors(device) // programs)
+        return round_up(-(-visible // min(wanted, MOST_SPLITS)), tile)
+
+    def _on_device(self, batch: AttentionBatch, device: torch.device) -> _Plan:
+        """Return ``batch`` as `_Plan`; the layers of a step share one."""
+        plan = self._plan
+        if plan is not None and plan.batch is batch and plan.device == device:
+            return plan
+        counts = np.diff(batch.query_start)
+        alone = self.batch_invariant or batch.max_query_len <= 1
+        decodes = np.flatnonzero(counts == 1) if alone else np.empty(0, np.int64)
+        chunks = np.flatnonzero(counts > (1 if alone else 0))
+        index, query_start, context_lens, rows, sequences = _arrays_on(
+            device, batch.index, batch.query_start, batch.context_lens, batch.rows, decodes
+        )
+        plan = _Plan(
+            batch=batch,
+            device=device,
+            entries=torch.from_numpy(batch.entries).to(device),
+            index=index,
+            query_start=query_start,
+            context_lens=context_lens,
+            rows=rows,
+            slots=torch.from_numpy(batch.slots).to(device),
+            decodes=sequences,
+            chunks=chunks.tolist(),
+            tiles={},
+        )
+        self._plan = plan
+        return plan
+
+    def _tiles(self, plan: _Plan, shape: Shape) -> torch.Tensor:
+        step = shape.prefill_rows // shape.group
+        tiles = plan.tiles.get(step)
+        if tiles is None:
+            counts = np.diff(plan.batch.query_start)
+            pairs = [(s, at) for s in plan.chunks for at in range(0, int(counts[s]), step)]
+            tiles = plan.tiles[step] = torch.tensor(pairs, dtype=torch.int32, device=plan.device)
+        return tiles
+
+    def move_blocks(
+        self,
+        sources: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor],
+        from_blocks: Sequence[int],
+        to_blocks: Sequence[int],
+    ) -> None:
+        """Copy block ``from_blocks[i]`` of ``sources[t]`` to ``to_blocks[i]`` of ``targets[t]``; see `moves`."""
+        move_blocks(sources, targets, from_blocks, to_blocks)
+
+
+def _arrays_on(device: torch.device, *arrays: NDArray[Any]) -> list[torch.Tensor]:
+    """Send int32 arrays in one transfer; each begins at 16 bytes, so that kernels are compiled for one alignment."""
+    padded = [np.pad(a.astype(np.int32, copy=False), (0, -len(a) % 4)) for a in arrays]
+    joined = torch.from_numpy(np.concatenate(padded)).to(device)
+    starts = np.cumsum([0] + [len(a) for a in padded]).tolist()
+    return [joined[start : start + len(array)] for start, array in zip(starts, arrays)]
+
+
+def _by_channel(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _whole(cache: torch.Tensor) -> torch.Tensor:
+    if not cache.is_contiguous():
+        raise ConfigError("triton-paged finds slots by address: a cache tensor must be contiguous")
+    return cache
+
+
+def _real(dtype: torch.dtype) -> tl.dtype:
+    """Return what scores and sums are computed in."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _operand(cache: torch.Tensor) -> tl.dtype:
+    if cache.dtype == torch.bfloat16 and cache.device.type == "cpu":
+        return tl.float32  # the interpreter multiplies the bits of bfloat16 as integers
+    return OPERANDS[cache.dtype]
+
+
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return INTERPRETED_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,202 @@
+"""Every kernel compiled ahead of time for GPUs that need not be here, and what each takes there.
+
+`compile_kernels` answers with registers a thread, stack and spilled registers as the assembler counts them:
+``cuobjdump -res-usage`` on NVIDIA's cubin, the metadata of AMD's assembly. A spill costs memory traffic in the inner
+loop, so the defaults of `shapes` have none. Needs a process without ``TRITON_INTERPRET``.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pagedlab.errors import ConfigError, nearest
+from pagedlab.kernels.triton import blocks, cache_write, decode, prefill, tables
+from pagedlab.kernels.triton.moves import CHUNK
+from pagedlab.kernels.triton.shapes import Shape
+from pagedlab.policies.kernel import interpreted
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+"""Backend, architecture, threads a warp: A100, H100 and H200, MI300."""
+DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One kernel with all that fixes its code."""
+
+    kernel: str
+    function: Any
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+def builds(
+    *, dtype: str = "bfloat16", head_size: int = 128, group: int = 4, block_size: int = 16
+) -> Iterator[Build]:
+    """Yield every kernel for one shape, with the tiles that `TritonPagedAttention` would use."""
+    element = DTYPES[dtype]
+    shape = Shape.of(group, head_size, head_size, element.primitive_bitwidth // 8)
+    cached, real = f"*{element.name}", tl.float32
+    table = dict.fromkeys(("entries", "index", "query_start", "context_lens", "rows"), "*i32")
+    tensors = dict.fromkeys(("out", "query", "key_cache", "value_cache"), cached)
+    parts = dict.fromkeys(("parts", "part_sums"), "*fp32")
+    common: dict[str, Any] = {
+        "slopes": None,
+        "sinks": None,
+        "block_of": tables.csr,
+        "NUM_KV_HEADS": 8,
+        "BLOCK_SIZE": block_size,
+        "SCALE": head_size**-0.5,
+        "WINDOW": 0,
+        "SOFT_CAP": 0.0,
+        "OPERAND": element,
+        "REAL": real,
+        **shape.constants,
+    }
+    yield Build(
+        "decode",
+        decode.decode_splits,
+        {**tensors, **parts, **table, "sequences": "*i32"},
+        {**common, "ROWS": shape.decode_rows, "TILE": shape.decode_tile, "SPLIT": True},
+        shape.decode_options,
+    )
+    yield Build(
+        "reduce",
+        decode.reduce_splits,
+        {"out": cached, **parts, **dict.fromkeys(("sequences", "query_start", "context_lens"), "*i32")},
+        {
+            "NUM_HEADS": 8 * group,
+            "VALUE_SIZE": head_size,
+            "VALUE_PADDED": shape.constants["VALUE_PADDED"],
+            "TILE": shape.decode_tile,
+            "WINDOW": 0,
+            "REAL": real,
+        },
+        {"num_warps": 1},
+    )
+    yield Build(
+        "prefill",
+        prefill.prefill_tiles,
+        {**tensors, **table, "tiles": "*i32"},
+        {**common, "ROWS": shape.prefill_rows, "TILE": shape.prefill_tile},
+        shape.prefill_options,
+    )
+    sizes = {"NUM_KV_HEADS": 8, "BLOCK_SIZE": block_size, "SIZE": head_size}
+    padded = triton.next_power_of_2(head_size)
+    yield Build(
+        "write",
+        cache_write.store_tokens,
+        {"cache": cached, "new": cached, "slots": "*i64"},
+        {**sizes, "PADDED": padded},
+        {},
+    )
+    yield Build(
+        "write-rotated",
+        cache_write.rotate_and_store,
+        {
+            **dict.fromkeys(("key_cache", "value_cache", "key", "value", "cos", "sin"), cached),
+            "slots": "*i64",
+        },
+        {
+            **sizes,
+            "VALUE_SIZE": head_size,
+            "PADDED": padded,
+            "VALUE_PADDED": padded,
+            "ROTARY": head_size,
+            "INTERLEAVED": False,
+            "REAL": real,
+        },
+        {},
+    )
+    yield Build(
+        "move-blocks",
+        blocks.move_words,
+        dict.fromkeys(("sources", "targets", "from_blocks", "to_blocks"), "*i64"),
+        {
+            "WORDS": 8 * block_size * head_size * element.primitive_bitwidth // 64,
+            "CHUNK": CHUNK,
+            "WORD": tl.int64,
+        },
+        {},
+    )
+
+
+def compile_kernel(build: Build, target: str) -> dict[str, Any]:
+    """Compile for ``target`` and return ``registers`` a thread, ``stack`` bytes, ``spills`` and ``shared`` bytes.
+
+    ``spills`` counts spilled registers where the assembler says so (AMD) and bytes of local memory elsewhere.
+    """
+    if target not in TARGETS:
+        raise ConfigError(f"no target {target!r}; known: {', '.join(TARGETS)}{nearest(target, TARGETS)}")
+    if interpreted():
+        raise ConfigError(
+            "TRITON_INTERPRET is set: kernels are interpreted in this process and cannot be compiled"
+        )
+    names = build.function.arg_names
+    signature = {
+        name: "constexpr" if name in build.constants else build.pointers.get(name, "i32") for name in names
+    }
+    # What a launch finds out: addresses and strides are multiples of 16.
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in signature.items()
+        if kind.startswith("*") or name.endswith("_stride")
+    }
+    source = ASTSource(build.function, signature=signature, constexprs=build.constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=build.options)
+    usage = _nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd(compiled.asm["amdgcn"])
+    return {**usage, "shared": int(compiled.metadata.shared)}
+
+
+def compile_kernels(
+    targets: Iterable[str] = tuple(TARGETS), shapes: Iterable[dict[str, Any]] = ({},)
+) -> list[dict[str, Any]]:
+    """Return a row per target, shape and kernel; ``shapes`` are arguments of `builds`."""
+    given = list(shapes)
+    rows = []
+    for target in targets:
+        for shape in given:
+            full = {"dtype": "bfloat16", "head_size": 128, "group": 4, "block_size": 16, **shape}
+            for build in builds(**full):
+                row = {"target": target, "kernel": build.kernel, **full}
+                rows.append({**row, **compile_kernel(build, target)})
+    return rows
+
+
+def _nvidia(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        said = subprocess.run(
+            [str(tool), "-res-usage", str(path)], capture_output=True, text=True, check=True
+        ).stdout
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
+    return {"registers": found["REG"], "stack": found["STACK"], "spills": found["LOCAL"]}
+
+
+def _amd(assembly: str) -> dict[str, int]:
+    found = dict(
+        re.findall(r"^\s*\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", assembly, re.M)
+    )
+    return {
+        "registers": int(found["vgpr_count"]),
+        "stack": int(found["private_segment_fixed_size"]),
+        "spills": int(found["vgpr_spill_count"]),
+    }

@@ -1,0 +1,135 @@
+"""The policy that is checked, and how it is found."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module, util
+from pathlib import Path
+from typing import Any
+
+from pagedlab.errors import ConfigError, nearest
+from pagedlab.policies.base import Policy
+from pagedlab.registry import SLOTS, lookup_class, policy_names
+from pagedlab.testing.driver import Broke, Driver
+from pagedlab.testing.drivers import driver_class
+from pagedlab.testing.search import LONGEST, search
+
+
+class Subject:
+    """One policy as the laws see it: its class and its parameters."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.slot = policy.slot
+        self.title = policy.name or type(policy).__name__
+
+    def fresh(self) -> Any:
+        """Return a new policy with the same parameters, made by its class and not by `clone`."""
+        return type(self.policy)(**self.policy.get_params())
+
+    def driver(self, size: int, codes: list[int], policy: Any = None, **options: Any) -> Driver:
+        """Return a driver around ``policy`` (a fresh one), which is going to be given ``codes``."""
+        return driver_class(self.slot)(self.fresh() if policy is None else policy, size, codes, **options)
+
+    def hold(self, law: str, *, longest: int = LONGEST, **options: Any) -> None:
+        """Raise `LawBroken` if a driver says of any stream that it broke ``law``."""
+        search(law, lambda size, codes: self.driver(size, codes, **options).run(codes), longest=longest)
+
+    def started(self, size: int, codes: list[int], **options: Any) -> tuple[Driver, Broke | None]:
+        """Return a driver that went as far as it could, and what stopped it."""
+        driver = self.driver(size, codes, **options)
+        try:
+            driver.run(codes)
+        except Broke as broke:
+            return driver, broke
+        return driver, None
+
+
+def find_policy(policy: Any) -> Policy:
+    """Return the policy that an object, a class or a text stands for.
+
+    A text is ``slot:name`` of a registered policy, its bare name where only one slot has it, ``module:Class`` or
+    ``path/to/file.py:Class``. Raises `ConfigError` that says what is wrong with anything else.
+    """
+    if isinstance(policy, str):
+        policy = _named(policy)
+    if isinstance(policy, type) and issubclass(policy, Policy):
+        title = policy.__name__
+        try:
+            policy = policy()
+        except TypeError as error:
+            raise ConfigError(f"{title} cannot be made without arguments: {error}") from None
+    if not isinstance(policy, Policy):
+        raise ConfigError(
+            f"{policy!r} is no policy: give an object, a class, 'slot:name', 'module:Class' or 'file.py:Class'"
+        )
+    if getattr(policy, "slot", None) not in SLOTS:
+        raise ConfigError(
+            f"{type(policy).__name__} is a policy for slot {getattr(policy, 'slot', None)!r}, which has no laws; "
+            f"the slots are {', '.join(SLOTS)}"
+        )
+    return policy
+
+
+def _named(text: str) -> Any:
+    where, colon, name = text.rpartition(":")
+    if not colon:
+        slots = [slot for slot in SLOTS if text in policy_names(slot)]
+        if len(slots) == 1:
+            return lookup_class(slots[0], text)
+        if slots:
+            raise ConfigError(
+                f"{text!r} is a policy of {' and '.join(slots)}: say {' or '.join(f'{s}:{text}' for s in slots)}"
+            )
+        known = sorted({name for slot in SLOTS for name in policy_names(slot)})
+        raise ConfigError(
+            f"no policy {text!r}; give slot:name, module:Class or file.py:Class{nearest(text, known)}"
+        )
+    if where in SLOTS:
+        return lookup_class(where, name)
+    module = _from_file(Path(where)) if where.endswith(".py") else _imported(where)
+    found = getattr(module, name, None)
+    if isinstance(found, Policy) or (isinstance(found, type) and issubclass(found, Policy)):
+        return found
+    policies = [
+        key
+        for key, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Policy) and value.__module__ == module.__name__
+    ]
+    what = "is no policy" if hasattr(module, name) else "is not there"
+    raise ConfigError(f"{where}: {name} {what}; policies there: {', '.join(policies) or 'none'}")
+
+
+def _imported(name: str) -> Any:
+    if not name or not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(
+            f"{name!r} is no slot, module or file; the slots are {', '.join(SLOTS)}{nearest(name, SLOTS)}"
+        )
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return import_module(name)
+    except Exception as error:
+        raise ConfigError(f"module {name!r} cannot be imported: {type(error).__name__}: {error}") from None
+
+
+def _from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ConfigError(f"no file {str(path)!r}")
+    name = path.stem
+    spec = util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    before = sys.modules.get(name)
+    sys.modules[name] = module  # where pickle and get_type_hints look for it
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+        raise ConfigError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from None
+    return module
