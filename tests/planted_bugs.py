@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import test_accounting
 import test_allocators
 import test_cache_machine
+import test_disk_tier
 import test_eviction
 import test_faults
 import test_law5_stub
@@ -31,11 +33,13 @@ from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.pool import BlockPool
 from pagedlab.engine.engine import Engine
 from pagedlab.engine.plan import Plan
+from pagedlab.executors.disk import BlockFile, Spoils
 from pagedlab.policies import LFU, LRU, ChainedHash, RadixTree
 from pagedlab.policies.allocator import FirstFit
 from pagedlab.policies.eviction import Eviction
 from pagedlab.policies.lookup import Prefix
 from pagedlab.policies.reservation import Pow2
+from pagedlab.policies.swap import DiskTier
 
 
 def inner(test: Any) -> Callable[..., None]:
@@ -50,6 +54,12 @@ def walks() -> None:
     """Laws 1 to 3 on the cache alone, with a shadow of its content."""
     for seed in range(40):
         test_cache_machine.random_walk(seed, steps=100)
+
+
+def disk_walks() -> None:
+    """The same with small tiers above a disk."""
+    for seed in range(40):
+        test_cache_machine.random_walk(seed, steps=100, disk=True)
 
 
 def outputs() -> None:
@@ -82,6 +92,20 @@ def arrivals() -> None:
     engine = serve(scenario)
     leader = engine.groups["late"].sequences[0]
     assert leader.admitted_at == leader.group.arrival
+
+
+def disk_file() -> None:
+    """What is wrong in the file is noticed."""
+    for check in (
+        test_disk_tier.test_slots_hold_what_was_stored_last,
+        test_disk_tier.test_every_flipped_bit_is_noticed,
+        test_disk_tier.test_a_truncated_file_is_noticed,
+        test_disk_tier.test_a_slot_in_another_ones_place_is_noticed,
+    ):
+        with TemporaryDirectory() as folder:
+            file = BlockFile(4, 1000, folder)
+            check(file)
+            file.close()
 
 
 def tenants() -> None:
@@ -138,6 +162,7 @@ def accounting() -> None:
 
 CHECKS: dict[str, Callable[[], Any]] = {
     "walks": walks,
+    "disk walks": disk_walks,
     "outputs": outputs,
     "standing": standing,
     "arrivals": arrivals,
@@ -151,6 +176,12 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "short cuts": partial(test_eviction.test_short_cuts_do_what_they_stand_for, "lru"),
     "lru in use": partial(test_eviction.test_a_block_in_use_is_never_named, "lru"),
     "lfu in use": partial(test_eviction.test_a_block_in_use_is_never_named, "lfu"),
+    "disk faults": test_disk_tier.test_the_planted_faults_are_survived,
+    "spoiled host block": test_disk_tier.test_who_lies_in_a_spoiled_host_block_starts_over,
+    "disk file": disk_file,
+    "second use": test_disk_tier.test_on_second_use_takes_what_was_hit_or_comes_again,
+    "what remains to be copied": test_disk_tier.test_what_is_written_through_lies_below_as_soon_as_it_is_stored,
+    "spoils": test_disk_tier.test_spoils_follow_the_moves,
     "doubt in every tier": test_cache_machine.test_doubt_reaches_every_tier,
     "seats": test_scheduler.test_samples_to_come_take_a_seat,
     "radix": test_lookup.test_radix_goes_into_the_middle_of_a_block_and_takes_the_longest_way,
@@ -351,8 +382,8 @@ BUGS = [
         "the host's copy of a doubtful block stays",
         KVCache,
         "distrust",
-        "[block, self.lookup.copy_in(block, HOST)]",
-        "[block]",
+        "*(self.lookup.copy_in(block, pool.tier) for pool in self.pools[1:])",
+        "",
         "doubt in every tier",
     ),
     Bug(
@@ -378,6 +409,95 @@ BUGS = [
         "self.lookup.forget_all(blocks)",
         "pass",
         "walks",
+    ),
+    Bug(
+        "what the host gave up can still be found",
+        KVCache,
+        "_lower_evicted",
+        "self.lookup.forget_all(blocks)",
+        "pass",
+        "disk walks",
+    ),
+    Bug(
+        "what comes up from the disk is taken for the host's",
+        KVCache,
+        "_load",
+        "Move(source.tier, ",
+        "Move(1, ",
+        "disk walks",
+    ),
+    Bug(
+        "what is being loaded from the disk is not pinned",
+        KVCache,
+        "admit",
+        "pool.share(here)",
+        "pool.tier == 2 or pool.share(here)",
+        "disk walks",
+    ),
+    Bug(
+        "a copy that failed can still be found",
+        Engine,
+        "_suffer",
+        "self.cache.spoiled(damage.spoiled)",
+        "{self.cache.pools[t].blocks[i] for t, i in damage.spoiled}",
+        "disk faults",
+    ),
+    Bug(
+        "who was given a spoiled block goes on",
+        Engine,
+        "_suffer",
+        "for seq in reversed(self.running)",
+        "for seq in ()",
+        "disk faults",
+    ),
+    Bug(
+        "a spoiled block is swapped out as if it were whole",
+        Engine,
+        "_suffer",
+        "self.cache.release(seq.table)",
+        "pass",
+        "spoiled host block",
+    ),
+    Bug(
+        "what is copied on from a spoiled block is trusted",
+        Spoils,
+        "passed_on",
+        "self._spoiled.add((move.dst_tier, move.dst))",
+        "pass",
+        "spoils",
+    ),
+    Bug("a flipped bit is overlooked", BlockFile, "load", 'raise SlotFault("damaged")', "pass", "disk file"),
+    Bug(
+        "a short read is taken for whole",
+        BlockFile,
+        "load",
+        'raise SlotFault("truncated")',
+        "pass",
+        "disk file",
+    ),
+    Bug(
+        "keys given up once are remembered for ever",
+        DiskTier,
+        "store",
+        "len(once) > self._capacities[tier]",
+        "False",
+        "second use",
+    ),
+    Bug(
+        "what the last step stored through is never copied",
+        Engine,
+        "step",
+        "self._finish_moves()",
+        "self.cache.moves.clear()",
+        "what remains to be copied",
+    ),
+    Bug(
+        "what could not be read is tried again",
+        Spoils,
+        "failed",
+        "self._spoiled.add((move.src_tier, move.src))",
+        "pass",
+        "disk faults",
     ),
     Bug("sharing is not unsaved", BlockPool, "drop", "self.saved_tokens -= block.fill", "pass", "walks"),
     Bug(

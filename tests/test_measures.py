@@ -185,7 +185,9 @@ def big_tables(num_steps: int, num_requests: int) -> tuple[dict[str, Any], dict[
             "steps": [output] * num_requests,
         },
     }
-    totals = dict.fromkeys(("hit_tokens", "recomputed_tokens", "preemptions", "swapped_out"), 0)
+    totals = dict.fromkeys(
+        ("hit_tokens", "recomputed_tokens", "preemptions", "swapped_out", "tier_faults"), 0
+    )
     totals |= {f"prefetch_{fate}": 0 for fate in FATES}
     totals |= {f"blocks_{link}": 7 for link in measures.LINKS}
     totals["prompt_tokens"] = 1

@@ -15,20 +15,20 @@ from pagedlab.cache.moves import Move
 from pagedlab.cache.pool import BlockPool
 from pagedlab.cache.prefetched import Children, Prefetched
 from pagedlab.cache.table import BlockTable
+from pagedlab.cache.tiers import Tiers
 from pagedlab.errors import InvariantBroken
 from pagedlab.events import EventLog
-from pagedlab.policies.allocator import Allocator, FreeList
-from pagedlab.policies.block import DEVICE, HOST, TIER_NAMES, Block
+from pagedlab.policies.allocator import Allocator
+from pagedlab.policies.block import DEVICE, DISK, HOST, TIER_NAMES, Block
 from pagedlab.policies.eviction import Eviction
 from pagedlab.policies.lookup import NO_MATCH, Lookup, Match, Prefix
 from pagedlab.policies.prefetch import Fate
 from pagedlab.policies.swap import Swap
 from pagedlab.policies.view import NOTHING_KNOWN, View
-from pagedlab.registry import make
 
 
-class KVCache:
-    """Blocks of a device tier and perhaps a host tier, and the tables that hold them."""
+class KVCache(Tiers):
+    """Blocks of a device tier, perhaps of a host tier and a disk tier below, and the tables that hold them."""
 
     def __init__(
         self,
@@ -40,6 +40,7 @@ class KVCache:
         eviction: Eviction,
         swap: Swap,
         host_blocks: int = 0,
+        disk_blocks: int = 0,
         null_block: bool = False,
         events: EventLog | None = None,
         on_prefetch_fate: Callable[[Block, Fate], None] | None = None,
@@ -61,25 +62,16 @@ class KVCache:
             reserved=int(null_block),
             view=view,
         )
-        self.host: BlockPool | None = None
-        if host_blocks:
-            host_eviction = make("eviction", swap.host_eviction())
-            assert isinstance(host_eviction, Eviction)
-            self.host = BlockPool(
-                host_blocks,
-                FreeList(),
-                host_eviction,
-                self._host_evicted,
-                tier=HOST,
-                block_size=block_size,
-                view=view,
-            )
-        self.pools = [self.device] if self.host is None else [self.device, self.host]
-        lookup.reset(block_size=block_size, num_tiers=2 if host_blocks else 1)
+        self.pools = [self.device]
+        self._add_pools((host_blocks, disk_blocks), block_size, view)
+        self.host = self.pools[HOST] if host_blocks else None
+        self.disk = self.pools[DISK] if len(self.pools) > DISK else None
+        lookup.reset(block_size=block_size, num_tiers=len(self.pools))
         self._shares = lookup.granularity != "none"
         self._evicting: list[Block] = []
         self.prefetched = Prefetched(on_prefetch_fate)
-        self._children = Children(self.host.blocks) if knows_children and self.host is not None else None
+        below = [block for pool in self.pools[1:] for block in pool.blocks]
+        self._children = Children(below) if knows_children and below else None
         self._displaced: int | None = None
         """Key of what the device gave up last."""
         self.hit_tokens = 0
@@ -119,7 +111,7 @@ class KVCache:
     ) -> bool:
         """Give an empty table its matched prefix and room for ``claim`` tokens in all; leave ``spare`` blocks.
 
-        Matched blocks in the host tier get a device block each and a move. A partial match is copied.
+        Matched blocks in lower tiers get a device block each and a move. A partial match is copied.
         """
         size = self.block_size
         hits, num_hits = match.blocks, len(match.blocks)
@@ -140,9 +132,9 @@ class KVCache:
 
         now = self.events.time
         self._observe(table, guarded, readmitted)
-        host_pins = [] if self.host is None else [b for b in guarded if b.tier]
-        if host_pins:
-            self.host.share(host_pins)  # type: ignore[union-attr]
+        pins = [] if self.host is None else [b for b in guarded if b.tier]
+        for pool, here in self._below(pins) if pins else ():
+            pool.share(here)
         device.share(protected)
         taken = self.device.take(need, contiguous=True, origin=origin)
         if taken is None:
@@ -152,19 +144,17 @@ class KVCache:
         if low:
             incoming = iter(loads)
             blocks = [self._load(b, next(incoming), now) if b.tier else b for b in hits]
-            self.events.record(
-                ev.BLOCKS_LOADED,
-                table.seq_id,
-                [b.index for b in loads],
-                [b.key or 0 for b in low],
-                medium="host",
-            )
+            self._record_loaded(table, low, loads)
+        if self._eager:
+            for block in guarded:
+                if block.key is not None:
+                    self._offer(block)
         if match.partial is not None:
             self.moves.append(Move(match.partial.tier, match.partial.index, DEVICE, rest[0].index))
             self.events.record(ev.BLOCKS_COPIED, table.seq_id, (match.partial.index, rest[0].index))
-            (self.host if match.partial.tier else self.device).drop([match.partial], now)  # type: ignore[union-attr]
-        if host_pins:
-            self.host.drop([b for b in host_pins if b is not match.partial], now)  # type: ignore[union-attr]
+            self.pools[match.partial.tier].drop([match.partial], now)
+        for pool, here in self._below(pins) if pins else ():
+            pool.drop([b for b in here if b is not match.partial], now)
 
         table.blocks = [*blocks, *rest]
         table.indices = [b.index for b in table.blocks]
@@ -199,15 +189,16 @@ class KVCache:
         here = found
         if self.host is not None:
             here = [b for b in found if not b.tier]
-            self.host.eviction.hit_all([b for b in found if b.tier])
+            for pool, low in self._below(found) if len(here) < len(found) else ():
+                pool.eviction.hit_all(low)
         self.device.eviction.hit_all(here)
         prefix = table.prefix
         num_full = len(prefix) // self.block_size
         num_whole = len(found)
         if len(self.prefetched):
             self.prefetched.end(here, "useful")
-            low = [b.key for b in found if b.tier and b.key is not None]
-            self.prefetched.missed(low + prefix.keys(num_full)[num_whole:num_full])
+            lower = [b.key for b in found if b.tier and b.key is not None]
+            self.prefetched.missed(lower + prefix.keys(num_full)[num_whole:num_full])
         if type(self.device.eviction).miss is Eviction.miss:  # it does not care
             return
         miss = self.device.eviction.miss
@@ -216,8 +207,8 @@ class KVCache:
             miss(keys[i], readmitted)
 
     def _load(self, source: Block, target: Block, now: int) -> Block:
-        """Make ``target`` (taken, in use) the device copy of a pinned host block."""
-        self.moves.append(Move(HOST, source.index, DEVICE, target.index))
+        """Make ``target`` (taken, in use) the device copy of a pinned block of a lower tier."""
+        self.moves.append(Move(source.tier, source.index, DEVICE, target.index))
         if source.key is None:
             # While room was made, an evicted orphan took its place in the index: usable, but not findable any more.
             return target
@@ -231,6 +222,13 @@ class KVCache:
             self._displace(published.displaced)
         self.device.store((target,))
         return target
+
+    def _record_loaded(self, table: BlockTable, low: list[Block], loads: list[Block]) -> None:
+        for pool, here in self._below(low):
+            to = [new.index for old, new in zip(low, loads) if old.tier == pool.tier]
+            self.events.record(
+                ev.BLOCKS_LOADED, table.seq_id, to, [b.key or 0 for b in here], medium=TIER_NAMES[pool.tier]
+            )
 
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` tokens in all, and make the block to be written next the table's own."""
@@ -324,6 +322,9 @@ class KVCache:
                     blocks[i].key, done = None, i + 1
             stored = [b for b in blocks if b.key is not None]
         device.store(blocks[done:] if done else blocks)
+        if self._eager:
+            for block in stored:
+                self._offer(block)
         if self._await_any or (self._awaited and not self._awaited.isdisjoint(keys)):
             self.better_match = True
         if stored and self.events.enabled:
@@ -342,13 +343,6 @@ class KVCache:
             size = self.block_size
             self._starts += range(len(self._starts) * size, 2 * full * size, size)
         return self._starts[first:full]
-
-    def _displace(self, orphan: Block) -> None:
-        """A block whose parent is gone makes way for its recomputed copy."""
-        self._record_removed([orphan], TIER_NAMES[orphan.tier], "orphan")
-        self.prefetched.end((orphan,), "useless")
-        pool = self.host if orphan.tier else self.device
-        pool.blank(orphan)  # type: ignore[union-attr]
 
     # ---- giving up ---------------------------------------------------------------------------------------------
 
@@ -419,56 +413,51 @@ class KVCache:
     def prefetch(
         self, block: Block, *, evict: bool = False, protected: Collection[Block] = ()
     ) -> Block | None:
-        """Bring a cached host block up to the device and return where to; None if that is not to be.
+        """Bring a cached block of a lower tier up to the device and return where to; None if that is not to be.
 
         It takes a free block, or with ``evict`` a cached one that is not ``protected``. It is refused if there is
-        neither, or if the content is on the device or no longer in the host tier.
+        neither, or if the content is on the device or no longer in that tier.
         """
-        pool, host = self.device, self.host
+        pool = self.device
         if (
-            host is None
-            or block.tier != HOST
+            block.tier == DEVICE
             or block.key is None
             or self.lookup.copy_in(block, DEVICE) is not None
             or not (pool.num_free or (evict and pool.has_room(1, protected)))
         ):
             return None
-        now = self.events.time
-        # What is given up may want a place in the host tier: not this one.
-        host.eviction.hit_all([block])
-        host.share((block,))
+        now, below = self.events.time, self.pools[block.tier]
+        # What is given up may want a place in the tier below: not this one.
+        below.eviction.hit_all([block])
+        below.share((block,))
         self._displaced = None
         taken = pool.take(1, protected)
         if taken is None:
             raise InvariantBroken(f"a block was promised to the prefetch of {block!r} and is not there")
         key, displaced = block.key, self._displaced
         target = self._load(block, taken[0], now)
-        host.drop((block,), now)
+        below.drop((block,), now)
         pool.drop(taken, now)
         self.prefetched.begin(target, displaced)
         if target.key is None:
             self.prefetched.end((target,), "useless")
         else:
-            self.events.record(ev.BLOCKS_PREFETCHED, blocks=(target.index,), keys=(key,), medium="host")
+            self.events.record(
+                ev.BLOCKS_PREFETCHED, blocks=(target.index,), keys=(key,), medium=TIER_NAMES[block.tier]
+            )
         return target
 
     def children(self, block: Block) -> list[Block]:
-        """Return the host blocks that continue ``block`` and have no copy on the device, latest first."""
+        """Return the blocks that continue ``block`` in lower tiers alone, each in its highest one, latest first."""
         if self._children is None or block.key is None:
             return []
-        return [b for b in self._children.of(block.serial) if self.lookup.copy_in(b, DEVICE) is None]
-
-    def distrust(self, table: BlockTable) -> None:
-        """Forget every prefix that the table's blocks stand for, in every tier: their content may be wrong."""
-        for block in table.blocks:
-            if block.key is None:
-                continue
-            copies = [block] if self.host is None else [block, self.lookup.copy_in(block, HOST)]
-            for copy in copies:
-                if copy is not None:
-                    self.lookup.forget(copy)
-                    self._record_removed([copy], TIER_NAMES[copy.tier], "distrusted")
-                    (self.host if copy.tier else self.device).blank(copy)  # type: ignore[union-attr]
+        found: dict[int, Block] = {}
+        for child in self._children.of(block.serial):
+            if self.lookup.copy_in(child, DEVICE) is None:
+                known = found.setdefault(child.serial, child)
+                if child.tier < known.tier:
+                    found[child.serial] = child
+        return list(found.values())
 
     def clear(self) -> None:
         """Forget every cached prefix in every tier. Running sequences keep their blocks, which nobody else finds."""
@@ -488,57 +477,12 @@ class KVCache:
                 self.prefetched.end(blocks, "useless")
             self._displaced = blocks[-1].key
             for block in blocks:
-                if self.swap.store(block):
-                    self._keep_on_host(block)
+                self._offer(block)
                 self.lookup.forget(block)
         else:
             self.lookup.forget_all(blocks)
         if self.events.enabled:
             self._record_removed(blocks)
-
-    def _record_removed(self, blocks: list[Block], medium: str = "device", detail: str = "") -> None:
-        if not self.events.enabled:
-            return
-        self.events.record(
-            ev.BLOCK_REMOVED,
-            -1,
-            [b.index for b in blocks],
-            [b.key for b in blocks],  # type: ignore[misc]
-            None,
-            medium,
-            detail,
-        )
-
-    def _keep_on_host(self, block: Block) -> None:
-        """Copy a victim's content to the host tier, unless it is there."""
-        host, lookup = self.host, self.lookup
-        assert host is not None
-        if lookup.copy_in(block, HOST) is not None:
-            return
-        taken = host.take(1, origin=block.origin)
-        if taken is None:
-            return
-        copy, now = taken[0], self.events.time
-        copy.stand_for(block, host.births(1), now)
-        published = lookup.publish(copy)
-        if published.displaced is not None:
-            self._displace(published.displaced)
-        copy.serial = block.serial
-        if published.indexed:
-            self.moves.append(Move(DEVICE, block.index, HOST, copy.index))
-            host.store((copy,))
-            if self._children is not None:
-                self._children.add(copy)
-            self.events.record(
-                ev.BLOCK_STORED, -1, (copy.index,), (block.key or 0,), block.parent_key, medium="host"
-            )
-        else:
-            copy.key = None
-        host.drop(taken, now)
-
-    def _host_evicted(self, blocks: list[Block]) -> None:
-        self.lookup.forget_all(blocks)
-        self._record_removed(blocks, "host")
 
     # ---- accounting --------------------------------------------------------------------------------------------
 

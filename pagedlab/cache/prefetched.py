@@ -52,9 +52,9 @@ class Prefetched:
 
 
 class Children:
-    """Which host blocks continue a content: entries are checked when they are read, and swept now and then.
+    """Which blocks of lower tiers continue a content: entries are checked when they are read, and swept now and then.
 
-    O(1) to add, amortised; a sweep looks at every host block.
+    O(1) to add, amortised; a sweep looks at every such block.
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
@@ -63,7 +63,7 @@ class Children:
         self._entries = 0
 
     def add(self, block: Block) -> None:
-        """``block`` can be found in the host tier from now on."""
+        """``block`` can be found in its tier from now on."""
         self._of.setdefault(block.parent, []).append(block)
         self._entries += 1
         if self._entries > 2 * len(self._blocks) + 64:
@@ -74,6 +74,6 @@ class Children:
                 self._entries += 1
 
     def of(self, serial: int) -> list[Block]:
-        """Return the host blocks that continue content ``serial``, latest first."""
+        """Return the blocks that continue content ``serial``, latest first: copies in two tiers both."""
         found = self._of.get(serial, ())
         return list(dict.fromkeys(b for b in reversed(found) if b.key is not None and b.parent == serial))

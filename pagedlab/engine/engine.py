@@ -27,7 +27,7 @@ from pagedlab.config import Config
 from pagedlab.costs.base import StepWork
 from pagedlab.engine.clock import Clock, WallClock, to_ps
 from pagedlab.engine.link import Link
-from pagedlab.engine.orders import Executor, Scripted, SequenceStep, StepOrders, StepResult
+from pagedlab.engine.orders import Executor, Fallible, Scripted, SequenceStep, StepOrders, StepResult
 from pagedlab.engine.plan import Plan
 from pagedlab.engine.prefetching import KnownFuture
 from pagedlab.engine.records import StepRecord
@@ -65,6 +65,7 @@ class Engine(Seats):
         self.executor = executor
         self.clock = clock or WallClock()
         self._scripts = executor if isinstance(executor, Scripted) else None
+        self._fallible = executor if self.cache.disk is not None and isinstance(executor, Fallible) else None
         self._skips = skip_ahead
         self.finished: list[Sequence] = []
         self.groups: dict[str, Group] = {}
@@ -82,6 +83,8 @@ class Engine(Seats):
             block_size=config.block_size,
             host_blocks=config.num_host_blocks,
             max_num_seqs=config.max_num_seqs,
+            disk_blocks=config.num_disk_blocks,
+            disk_path=config.disk_path,
         )
         self.clock.start()
 
@@ -180,8 +183,8 @@ class Engine(Seats):
 
     @property
     def has_work(self) -> bool:
-        """True while a request is running, waiting or yet to arrive."""
-        return bool(self.running or self.waiting or self._future)
+        """True while a request is running, waiting or yet to arrive, or something is left to copy."""
+        return bool(self.running or self.waiting or self._future or self.cache.moves)
 
     @property
     def idle_until(self) -> int | None:
@@ -214,6 +217,8 @@ class Engine(Seats):
             prefetching.ask((), now)
             if self.cache.moves:
                 self._carry_out_moves()
+                if self._fallible is not None:
+                    self._lost_to_faults({})
 
     @property
     def prefetched(self) -> dict[str, int]:
@@ -237,6 +242,8 @@ class Engine(Seats):
         stepped again: the step has not happened.
         """
         if not self._await_work():
+            if self.cache.moves:
+                self._finish_moves()
             return 0
         start = self.events.time
         entries = self._plan()
@@ -245,6 +252,8 @@ class Engine(Seats):
         count, duration, growth = self._reach(orders, num_moves, max_steps)
         if num_moves:
             self._carry_out_moves()
+        if self._fallible is not None and self._lost_to_faults(entries):
+            orders = self._orders(entries)
         if self.prefetching is not None:
             orders.wait_ps = self.prefetching.wait_ps(start)
         if count > 1:
@@ -265,7 +274,7 @@ class Engine(Seats):
 
     def _settle(self) -> None:
         """After the last step nobody's leaving waits for a plan."""
-        if self.leaving and not self.has_work:
+        if self.leaving and not (self.running or self.waiting or self._future):
             self._let_go()
 
     def run(self, max_steps: int | None = None) -> None:
@@ -429,6 +438,36 @@ class Engine(Seats):
             done = ordered[: len(ordered) - len(self.cache.moves)]
             self.totals.moved = self.totals.moved.and_also(done)
 
+    def _lost_to_faults(self, entries: dict[Sequence, int]) -> bool:
+        """Whether a tier that failed has cost somebody a place in this step: who is left is in ``entries``."""
+        assert self._fallible is not None
+        damage = self._fallible.take_damage()
+        if damage is None:
+            return False
+        lost = self._suffer(damage)
+        for seq in lost:
+            entries.pop(seq, None)
+        return bool(lost)
+
+    def _finish_moves(self) -> None:
+        """Copy what the last step has stored through to lower tiers; it counts as that step's."""
+        self._carry_out_moves()
+        if self._fallible is not None:
+            self._lost_to_faults({})
+        if self.steps:
+            if self.steps[-1].count > 1:
+                self._part_last()
+            self.steps[-1].moved = self.totals.moved
+
+    def _part_last(self) -> StepRecord:
+        """Give the last of a leap's steps a record of its own."""
+        record = self.steps[-1]
+        *_, final = record.each()
+        record.count -= 1
+        record.growth = record.growth if record.count > 1 else 0
+        self.steps.append(final)
+        return final
+
     # ---- after the executor ------------------------------------------------------------------------------------
 
     def _commit(
@@ -495,10 +534,7 @@ class Engine(Seats):
         self.steps.append(record)
         if first is not None and (first.cached, first.saved) != (last.cached, last.saved):
             # What was published at the end found its place taken by a block that nobody can use any more.
-            *_, final = record.each()
-            record.count, final.memory = count - 1, last
-            record.growth = growth if count > 2 else 0
-            self.steps.append(final)
+            self._part_last().memory = last
 
     def _take(self, seq: Sequence, samples: list[int]) -> None:
         """Append the sampled tokens (or the scripted ones): one to the sequence, the others to forks of it."""

@@ -16,7 +16,7 @@ class Link:
         ready at = place + shift          shift grows while the link is idle, or serves a step
     """
 
-    def __init__(self, load_ps: Callable[[int], int]) -> None:
+    def __init__(self, load_ps: Callable[[int, int], int]) -> None:
         self._load_ps = load_ps
         self._on_the_way: deque[tuple[int, Block]] = deque()
         self._places: dict[Block, int] = {}
@@ -24,12 +24,12 @@ class Link:
         self._end = 0
         self._shift = 0
 
-    def send(self, blocks: Sequence[Block], now: int) -> None:
-        """Begin to load ``blocks``, after all that are on their way."""
+    def send(self, blocks: Sequence[Block], now: int, from_disk: int = 0) -> None:
+        """Begin to load ``blocks``, so many of them from the disk, after all that are on their way."""
         self.settle(now)
         if not self._on_the_way:
             self._shift = now - self._end
-        start, total = self._end, self._load_ps(len(blocks))
+        start, total = self._end, self._load_ps(len(blocks), from_disk)
         for i, block in enumerate(blocks, 1):
             place = start + total * i // len(blocks)
             self._on_the_way.append((place, block))
@@ -40,7 +40,7 @@ class Link:
         """A step loads so many blocks itself: what is on its way stands still meanwhile."""
         self.settle(now)
         if self._on_the_way:
-            self._shift += self._load_ps(num_blocks)
+            self._shift += self._load_ps(num_blocks, 0)
 
     def settle(self, now: int) -> None:
         """Take note of what has arrived by ``now``."""

@@ -24,7 +24,7 @@ from pagedlab.engine.clock import PS_PER_SECOND, to_seconds
 from pagedlab.engine.link import Link
 from pagedlab.engine.sequence import Group, Sequence, Status
 from pagedlab.errors import PolicyError
-from pagedlab.policies.block import DEVICE, HOST, Block
+from pagedlab.policies.block import DEVICE, DISK, Block
 from pagedlab.policies.lookup import Prefix
 from pagedlab.policies.prefetch import ENDS, Arrival, Fate, Load, Prefetch, Waiting
 
@@ -56,6 +56,8 @@ class Prefetching:
         self._ordered = 0
         """Moves at the end of the cache's list that nobody waits for."""
         self._late: list[Block] = []
+        self._from_disk = 0
+        """Of the loads of the last plan."""
         self._residency = CacheResidency(cache)
 
     # ---- what it is told ---------------------------------------------------------------------------------------
@@ -141,12 +143,13 @@ class Prefetching:
         self._cut = len(loads) > room and (bool(loaded) or not room)
         self._ordered = len(self._cache.moves) - before
         if self.link is not None and loaded:
-            self.link.send(loaded, now)
+            self.link.send(loaded, now, self._from_disk)
 
     def _order(self, loads: list[Load], waiting: ReadOnly[Sequence]) -> list[Block]:
         """Carry out ``loads`` until there is no room, and return the device blocks that they fill."""
         cache, residency = self._cache, self._residency
         loaded: list[Block] = []
+        self._from_disk = 0
         looked = False
         for load in loads:
             if load.evict and not looked and not cache.device.num_free:
@@ -157,6 +160,7 @@ class Prefetching:
             if block is not None:
                 residency.shown[block] = None
                 loaded.append(block)
+                self._from_disk += load.block.tier == DISK
                 continue
             self.hear(load.block, "refused")
             if load.evict and not cache.device.has_room(1, residency.shown):
@@ -171,7 +175,7 @@ class Prefetching:
                 return
         raise PolicyError(
             f"prefetch {type(self.policy).__name__} planned {odd!r}; a plan is a list of Load(block), each of a "
-            "block in the host tier that is to come to the device"
+            "block in a lower tier that is to come to the device"
         )
 
     # ---- what it costs -----------------------------------------------------------------------------------------
@@ -184,7 +188,7 @@ class Prefetching:
         own = [moves.pop() for _ in range(min(self._ordered, len(moves)))][::-1]
         self._ordered = 0
         self.link.serve(
-            sum(m.src_tier == HOST and m.dst_tier == DEVICE for m in moves), self._cache.events.time
+            sum(m.src_tier != DEVICE and m.dst_tier == DEVICE for m in moves), self._cache.events.time
         )
         return own
 
@@ -229,7 +233,7 @@ class CacheResidency:
         return [b for b in self.prefix(sequence) if b.tier != DEVICE]
 
     def children(self, block: Block) -> list[Block]:
-        """Return the host blocks that continue ``block`` and have no copy on the device."""
+        """Return the blocks that continue ``block`` and have no copy on the device."""
         if block.tier == DEVICE:
             self.shown[block] = None
         return self._cache.children(block)

@@ -16,6 +16,7 @@ from pagedlab.cache.table import BlockTable
 from pagedlab.config import Config
 from pagedlab.costs.shape import ModelShape
 from pagedlab.engine.decoders import Decoders
+from pagedlab.engine.orders import Damage
 from pagedlab.engine.plan import Plan
 from pagedlab.engine.prefetching import Prefetching
 from pagedlab.engine.records import Totals
@@ -23,7 +24,7 @@ from pagedlab.engine.sequence import Sequence, Status
 from pagedlab.engine.view import EngineView
 from pagedlab.errors import ConfigError, PolicyError, RequestTooLarge
 from pagedlab.events import EventLog
-from pagedlab.policies.block import NOBODY, Block
+from pagedlab.policies.block import NOBODY, TIER_NAMES, Block
 from pagedlab.policies.bounds import refuse_future
 from pagedlab.policies.lookup import NO_MATCH, Match
 from pagedlab.policies.prefetch import Fate
@@ -60,6 +61,7 @@ class Seats:
             eviction=policies.eviction,
             swap=policies.swap,
             host_blocks=config.num_host_blocks,
+            disk_blocks=config.num_disk_blocks,
             null_block=config.null_block,
             events=events,
             on_prefetch_fate=self._prefetch_fate,
@@ -219,9 +221,11 @@ class Seats:
                 return False
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _preempt(self, seq: Sequence, *, spoiled: bool = False) -> None:
+        """Put a running sequence back to the front of the queue; ``spoiled`` blocks are not worth swapping out."""
         self._stop(seq)
-        swapped = self.policies.preemption.mode(seq) == "swap" and self.cache.swap_out(seq.table)
+        swap = not spoiled and self.policies.preemption.mode(seq) == "swap"
+        swapped = swap and self.cache.swap_out(seq.table)
         if not swapped:
             self.cache.release(seq.table, returns=True)
         seq.num_preemptions += 1
@@ -230,7 +234,31 @@ class Seats:
         seq.status = Status.WAITING
         self.waiting.appendleft(seq)
         self._ended.append(seq.seq_id)
-        self.events.record(ev.REQUEST_PREEMPTED, seq.seq_id, detail="swap" if swapped else "recompute")
+        how = "swap" if swapped else "fault" if spoiled else "recompute"
+        self.events.record(ev.REQUEST_PREEMPTED, seq.seq_id, detail=how)
+
+    def _suffer(self, damage: Damage) -> list[Sequence]:
+        """Count faults, forget what was spoiled, and have those who were given some of it start over; return who had
+        been running.
+        """
+        self.totals.tier_faults += len(damage.faults)
+        for tier, block, reason in damage.faults:
+            self.events.record(ev.TIER_FAULT, blocks=(block,), medium=TIER_NAMES[tier], detail=reason)
+        spoiled = self.cache.spoiled(damage.spoiled)
+        self._stands = False
+        size = self.config.block_size
+        hit = [
+            seq
+            for seq in reversed(self.running)
+            # What lies beyond is not written yet.
+            if not spoiled.isdisjoint(seq.table.blocks[: -(-seq.num_computed // size)])
+        ]
+        for seq in hit:
+            self._preempt(seq, spoiled=True)
+        for seq in self.waiting:
+            if not spoiled.isdisjoint(seq.table.host_blocks):
+                self.cache.release(seq.table)
+        return hit
 
     def _stop(self, seq: Sequence) -> None:
         """Take a running sequence out of the running; its blocks stay as they are."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 HOW = ("run", "simulate")
 
-_COUNTS = ("hit_ratio", "preemptions", "recomputed_tokens", "swapped_out", "mean_batch_size")
+_COUNTS = ("hit_ratio", "preemptions", "recomputed_tokens", "swapped_out", "tier_faults", "mean_batch_size")
 _MOVED = tuple(f"{what}_{link}" for what in ("blocks", "bytes") for link in measures.LINKS)
 _PREFETCH = tuple(f"prefetch_{fate}" for fate in FATES)
 _TIMES = tuple(f"{t}_{m}" for t in measures.TIMES for m in ("mean", "p50", "p90", "p95", "p99"))
@@ -53,6 +53,9 @@ _SHOWN: tuple[tuple[str, str, Callable[[Any], str] | None], ...] = (
     ("blocks_to_host", "moved to host", None),
     ("blocks_to_device", "moved to device", None),
     ("blocks_copied", "copied on write", None),
+    ("blocks_to_disk", "to disk", None),
+    ("blocks_from_disk", "from disk", None),
+    ("tier_faults", "disk faults", None),
     ("prefetch_done", "prefetched", None),
     *((f"prefetch_{fate}", f"… {fate}", None) for fate in ENDS),
     ("mean_batch_size", "mean batch", None),

@@ -120,6 +120,7 @@ class Run:
                 "recomputed_tokens": engine.totals.recomputed_tokens,
                 "preemptions": engine.totals.preemptions,
                 "swapped_out": engine.totals.swapped_out,
+                "tier_faults": engine.totals.tier_faults,
                 **{f"blocks_{link}": n for link, n in engine.totals.moved._asdict().items()},
                 **{f"prefetch_{fate}": n for fate, n in engine.prefetched.items()},
             },
@@ -164,7 +165,8 @@ class Run:
     def steps(self) -> pd.DataFrame:
         """One row per step: start and duration (s), running and waiting sequences, tokens, and blocks moved.
 
-        ``moves`` is the sum of ``blocks_to_host``, ``blocks_to_device`` and ``blocks_copied`` (inside the device);
+        ``moves`` is the sum of ``blocks_to_host``, ``blocks_to_device``, ``blocks_copied`` (inside the device) and
+        ``blocks_to_disk``; ``blocks_from_disk`` are among those to the device;
         ``preemptions`` and ``recomputed_tokens`` count from the beginning of the run.
         """
         return self._frame("steps")

@@ -25,7 +25,16 @@ _ADDED: dict[int, dict[str, tuple[str, ...]]] = {
         "steps": ("blocks_to_host", "blocks_to_device", "blocks_copied", "recomputed_tokens"),
         "totals": ("blocks_to_host", "blocks_to_device", "blocks_copied"),
     },
-    3: {"totals": ("prefetch_late", "prefetch_harmful")},
+    3: {
+        "steps": ("blocks_to_disk", "blocks_from_disk"),
+        "totals": (
+            "blocks_to_disk",
+            "blocks_from_disk",
+            "tier_faults",
+            "prefetch_late",
+            "prefetch_harmful",
+        ),
+    },
 }
 """What came with each format: what a run of an older one does not know is None."""
 _NUMERIC = ("steps", "memory", "spans")
@@ -38,6 +47,7 @@ _TOTALS = [
     "recomputed_tokens",
     "preemptions",
     "swapped_out",
+    "tier_faults",
     *(f"prefetch_{fate}" for fate in FATES),
     *(f"blocks_{link}" for link in LINKS),
 ]

@@ -60,7 +60,7 @@ from pagedlab.policies.shelf import (
     WorkloadAware,
     WTinyLFU,
 )
-from pagedlab.policies.swap import Drop, HostTier, Swap
+from pagedlab.policies.swap import DiskTier, Drop, HostTier, Swap
 from pagedlab.policies.wrappers import Recorded, Timed
 
 __all__ = [
@@ -84,6 +84,7 @@ __all__ = [
     "ChainedHash",
     "ChunkedPrefill",
     "Clock",
+    "DiskTier",
     "Drop",
     "Eviction",
     "HitsPerToken",
