@@ -84,7 +84,8 @@ class KVCache:
         self._tokens = 0
         self._promised = 0
         self.better_match = False
-        """Something was published that a refused sequence had been waiting for."""
+        """What a refused sequence was told is out of date: something that it waits for was published, or there is less
+        of the room that it could not use."""
         self._awaited: set[int] = set()
         self._await_any = False
 
@@ -241,6 +242,8 @@ class KVCache:
         taken = self.device.take(extra + copy, after=after, origin=table.origin)
         if taken is None:
             return False
+        if self.scattered:
+            self.better_match = True
         before = self._within(table)
         if copy:
             new, old = taken.pop(), blocks[at]
