@@ -94,9 +94,10 @@ class Returning(Grouped):
         self._capacity = capacity
         self._random = Random(self.seed)
         self._stored = 0
-        self._seen: list[Block] = []
-        """All blocks there are, to draw from."""
-        self._known: set[Block] = set()
+        self._drawn_from: list[Block] = []
+        """What is cached, each block in a place of its own; a place that comes free is taken by the next."""
+        self._places: dict[Block, int] = {}
+        self._vacant: list[int] = []
         self._weights = [0.0] * len(FEATURES)
         self._weights[_IDLE] = -0.1
         self._class_weights = [0.0] * _CLASSES
@@ -170,9 +171,12 @@ class Returning(Grouped):
             self._sessions.move_to_end(name)
 
     def _draw(self, stored: Block) -> None:
-        if len(self._seen) < self._capacity and stored not in self._known:
-            self._known.add(stored)
-            self._seen.append(stored)
+        if self._vacant:
+            self._places[stored] = place = self._vacant.pop()
+            self._drawn_from[place] = stored
+        else:
+            self._places[stored] = len(self._drawn_from)
+            self._drawn_from.append(stored)
         self._stored += 1
         while self._open:
             key = next(iter(self._open))
@@ -180,10 +184,14 @@ class Returning(Grouped):
                 break
             self._learn(self._open.pop(key), False)
         if self._stored % self.every == 0:
-            block = self._seen[self._random.randrange(len(self._seen))]
+            block = self._drawn_from[self._random.randrange(len(self._drawn_from))]
             if block in self._released and block.key not in self._open:
                 idle = _seconds(self.view.now - block.last_released)
                 self._open[block.key] = Example(self.group(block), idle, self._stored)
+
+    def remove(self, block: Block) -> None:
+        self._vacant.append(self._places.pop(block))
+        super().remove(block)
 
     def release(self, block: Block) -> None:
         session = None if block.session is None else self._sessions.get(block.session)
