@@ -153,7 +153,14 @@ class Config:
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.null_block and self.num_blocks < 2:
             raise ConfigError("null_block takes one block, so num_blocks must be at least 2")
-        swap = self.policies().swap
+        policies = self.policies()
+        swap, allocator = policies.swap, policies.allocator
+        if policies.eviction.reserves and allocator.contiguous:
+            raise ConfigError(
+                f"eviction={self.policy('eviction')!r} keeps blocks out of others' reach, so "
+                f"allocator={allocator.name or type(allocator).__name__!r} could wait for a run of blocks for ever; "
+                "allowed: an allocator of single blocks, like free-list or fifo"
+            )
         if self.host_blocks == 0 and swap.uses_host:
             raise ConfigError(f"swap={swap.name!r} needs a host tier: host_blocks must be at least 1")
         if self.disk_blocks == 0 and swap.uses_disk:

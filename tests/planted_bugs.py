@@ -25,6 +25,8 @@ import test_eviction
 import test_faults
 import test_law5_stub
 import test_lookup
+import test_ordering
+import test_preemption
 import test_reservation
 import test_scheduler
 from strategies import event_rows, says_the_truth, serve
@@ -33,10 +35,12 @@ from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.pool import BlockPool
 from pagedlab.engine.engine import Engine
 from pagedlab.engine.plan import Plan
+from pagedlab.engine.sequence import Sequence
 from pagedlab.executors.disk import BlockFile, Spoils
 from pagedlab.policies import LFU, LRU, ChainedHash, RadixTree
-from pagedlab.policies.allocator import FirstFit
+from pagedlab.policies.allocator import Buddy, FirstFit
 from pagedlab.policies.eviction import Eviction
+from pagedlab.policies.fair import Fair
 from pagedlab.policies.lookup import Prefix
 from pagedlab.policies.reservation import Pow2
 from pagedlab.policies.swap import DiskTier
@@ -188,6 +192,11 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "first-fit": first_fit,
     "reservations": reservations,
     "cancelled arrivals": test_faults.test_nobody_waits_for_the_arrival_of_a_cancelled_request,
+    "buddies": test_allocators.test_buddies_split_and_merge,
+    "weights": test_ordering.test_weights_count,
+    "credit": test_ordering.test_being_away_earns_nothing,
+    "charges": test_ordering.test_a_preempted_request_is_charged_once,
+    "shared": test_preemption.test_what_is_shared_is_counted_in_whole_cached_blocks,
     "longest request": test_faults.test_the_longest_that_fits_is_not_refused,
     "faults": test_faults.test_faults_really_hit_moves_and_batches,
 }
@@ -553,9 +562,58 @@ BUGS = [
         "the longest request that fits is refused",
         Engine,
         "_check_fits",
-        "needed > self.cache.device.capacity",
-        "needed >= self.cache.device.capacity",
+        "needed > available",
+        "needed >= available",
         "longest request",
     ),
     Bug("samples to come take no seat", Plan, "seats", " - engine.promised_seats", "", "seats"),
+    Bug(
+        "who is preempted makes room for newcomers",
+        Plan,
+        "grant",
+        "not self.lost",
+        "seq not in self.lost",
+        "standing",
+    ),
+    Bug(
+        "buddies merge to the wrong side",
+        Buddy,
+        "free",
+        "start, order = min(start, buddy), order + 1",
+        "start, order = max(start, buddy), order + 1",
+        "buddies",
+    ),
+    Bug(
+        "a buddy is split and the rest is lost",
+        Buddy,
+        "allocate",
+        "self._put(start + n, end)",
+        "pass",
+        "buddies",
+    ),
+    Bug(
+        "generated tokens cost a tenant nothing",
+        Fair,
+        "_count_outputs",
+        "served.account.outputs += output - served.counted",
+        "pass",
+        "weights",
+    ),
+    Bug("being away earns credit", Fair, "_lift", "account.lift +=", "_ =", "credit"),
+    Bug(
+        "a preempted request is charged again",
+        Fair,
+        "_charge",
+        "if sequence.request_id not in self._served:",
+        "if True:",
+        "charges",
+    ),
+    Bug(
+        "what is shared counts as lost",
+        Sequence,
+        "num_shared",
+        "shared += block.fill",
+        "shared += 0",
+        "shared",
+    ),
 ]

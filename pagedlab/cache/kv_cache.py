@@ -81,7 +81,8 @@ class KVCache(Tiers):
         self._tokens = 0
         self._promised = 0
         self.better_match = False
-        """Something was published that a refused sequence had been waiting for."""
+        """What a refused sequence was told is out of date: something that it waits for was published, or there is less
+        of the room that it could not use."""
         self._awaited: set[int] = set()
         self._await_any = False
 
@@ -243,6 +244,8 @@ class KVCache(Tiers):
         taken = self.device.take(extra + copy, after=after, origin=table.origin)
         if taken is None:
             return False
+        if self.scattered:
+            self.better_match = True
         before = self._within(table)
         if copy:
             new, old = taken.pop(), blocks[at]

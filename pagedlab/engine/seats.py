@@ -24,7 +24,7 @@ from pagedlab.engine.sequence import Sequence, Status
 from pagedlab.engine.view import EngineView
 from pagedlab.errors import ConfigError, PolicyError, RequestTooLarge
 from pagedlab.events import EventLog
-from pagedlab.policies.block import NOBODY, TIER_NAMES, Block
+from pagedlab.policies.block import TIER_NAMES, Block
 from pagedlab.policies.bounds import refuse_future
 from pagedlab.policies.lookup import NO_MATCH, Match
 from pagedlab.policies.prefetch import Fate
@@ -72,12 +72,6 @@ class Seats:
         if policies.prefetch.enabled:
             policies.prefetch.attach(view)
             self.prefetching = Prefetching(policies.prefetch, self.cache, config.prefetch_budget, self.totals)
-        if policies.allocator.contiguous and self.cache.device.limit(NOBODY) < self.cache.device.capacity:
-            raise ConfigError(
-                f"eviction {policies.eviction.name!r} keeps shares for tenants, so allocator "
-                f"{policies.allocator.name!r} may never find a run of adjacent blocks; use another one, or shares "
-                "that are not reserved"
-            )
         policies.scheduler.reset()
         self.running: list[Sequence] = []
         """Sequences that hold device blocks, oldest admission first."""

@@ -161,6 +161,11 @@ class Eviction(Policy):
         """Whether it matters for whom room is made; read after `reset`."""
         return False
 
+    @property
+    def reserves(self) -> bool:
+        """Whether some blocks are out of reach for some requests whatever happens; `Config` asks before any `reset`."""
+        return False
+
     def limit(self, origin: Origin) -> int:
         """Return how many blocks of the tier a request from ``origin`` can have if nothing else runs."""
         raise NotImplementedError(f"{type(self).__name__} is not partitioned")
