@@ -597,12 +597,10 @@ class StarvesTheLowest(Scheduler):
 
 
 @breaks("nobody_is_asked_for_twice")
-class AsksAgain(IterationLevel):
+class AsksAgain(Scheduler):
     def plan(self, step: Any) -> Any:
-        decision = super().plan(step)
-        for sequence in step.running:
-            step.grant(sequence, 1)
-        return decision
+        for sequence in [*step.running, *step.waiting, *step.running]:
+            step.grant(sequence, sequence.remaining, whole=True)
 
 
 @breaks("decisions_are_known")

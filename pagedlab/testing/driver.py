@@ -39,6 +39,8 @@ class Driver:
 
     longest: ClassVar[int] = 40
     """Operations of a stream at most."""
+    share: ClassVar[float] = 1.0
+    """How many streams are tried, compared with other slots: fewer where each takes long."""
     operations: ClassVar[tuple[str, ...]]
     """Names of methods that take an argument from 0 to ``TOP // len(operations)``; the first is the most ordinary."""
 

@@ -32,8 +32,16 @@ def streams(draw: st.DrawFn, longest: int) -> list[int]:
 
 
 def budget() -> int:
-    """Streams that are tried for one law: a quarter of the examples of Hypothesis' profile, at least 10."""
-    return max(10, settings.default.max_examples // 4)  # type: ignore[union-attr]
+    """Streams that are tried for one law: half as many as Hypothesis' profile has examples, at least 20."""
+    return max(20, settings.default.max_examples // 2)  # type: ignore[union-attr]
+
+
+@cache
+def drawn(longest: int, count: int) -> list[tuple[int, list[int]]]:
+    """Return sizes and streams as Hypothesis draws them, the same for every law and policy."""
+    found: list[tuple[int, list[int]]] = []
+    _draw(lambda size, codes: found.append((size, codes)), longest, count)
+    return found
 
 
 @cache
@@ -57,8 +65,8 @@ Attempt = Callable[[int, list[int]], object]
 """Drives a policy with a stream, given the size of what is around it; raises `Broke` if a law is broken."""
 
 
-def _try(attempt: Attempt, longest: int, examples: int) -> None:
-    """Call ``attempt`` with many streams, the same ones every time in the same program; raise what it raises."""
+def _draw(attempt: Attempt, longest: int, examples: int) -> None:
+    """Let Hypothesis call ``attempt`` with many streams, and look for shorter ones if it raises anything."""
 
     @settings(
         max_examples=examples,
@@ -79,29 +87,32 @@ def _try(attempt: Attempt, longest: int, examples: int) -> None:
         run()
 
 
-_SURVEYED = 3
-"""A survey is for many laws at once, so it looks at more streams."""
-
-
-def survey(attempt: Attempt, *, longest: int) -> dict[str, str]:
+def survey(attempt: Attempt, *, longest: int, share: float = 1.0) -> dict[str, str]:
     """Return the laws that any stream breaks, each with the shortest story of it.
 
     The law "" stands for the streams that got to their end: it is there if any did.
     """
     found: dict[str, str] = {}
-
-    def note(size: int, codes: list[int]) -> None:
-        try:
-            attempt(size, codes)
-        except Broke as broke:
-            before = found.get(broke.law)
-            found[broke.law] = broke.story if before is None else min(before, broke.story, key=len)
-        else:
-            if codes:
-                found[""] = ""
-
-    _try(note, longest, _SURVEYED * budget())
+    with _same_dice():
+        for size, codes in drawn(longest, round(share * budget())):
+            try:
+                attempt(size, codes)
+            except Broke as broke:
+                found[broke.law] = min(found.get(broke.law, broke.story), broke.story, key=len)
+            else:
+                if codes:
+                    found[""] = ""
     return found
+
+
+@contextmanager
+def _same_dice() -> Iterator[None]:
+    """Drivers seed everybody's random numbers; afterwards these go on as if nothing had been."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 class Case(NamedTuple):
@@ -116,7 +127,7 @@ class Case(NamedTuple):
         return self.story.count(", "), len(self.story), sum(self.codes), self.size
 
 
-def search(law: str, attempt: Attempt, *, longest: int, operations: int = 1, share: float = 1.0) -> None:
+def search(law: str, attempt: Attempt, *, longest: int, operations: int, share: float = 1.0) -> None:
     """Raise `LawBroken` with the shortest story that was found of a stream that breaks ``law``, if one does.
 
     A stream that breaks another law proves nothing here and is over; if all of them do, raises `Skipped`.
@@ -138,12 +149,19 @@ def search(law: str, attempt: Attempt, *, longest: int, operations: int = 1, sha
         else:
             whole += bool(codes)
 
+    count = round(share * budget())
     try:
-        _try(hold, longest, max(5, round(share * budget())))
-    except (LawBroken, hypothesis_errors.Flaky):
-        # What breaks only now and then cannot be found again; then the shortest that was seen has to do.
-        shortest = min(cases, key=Case.weight)
-        raise LawBroken(_polished(law, attempt, shortest, operations, longest).story) from None
+        with _same_dice():
+            for size, codes in drawn(longest, count):
+                hold(size, codes)
+    except LawBroken:
+        try:
+            _draw(hold, longest, count)
+        except (LawBroken, hypothesis_errors.Flaky):
+            pass  # what breaks only now and then cannot be found again; then the shortest that was seen has to do
+        with _same_dice():
+            case = _polished(law, attempt, min(cases, key=Case.weight), operations, longest)
+        raise LawBroken(case.story) from None
     if not whole and others:
         raise Skipped(f"no stream got to its end: see {others[-1].law}")
 
@@ -160,25 +178,21 @@ def _polished(law: str, attempt: Attempt, case: Case, operations: int, longest: 
     Hypothesis changes one number at a time; here the argument of one operation often depends on another one.
     """
     left = _PATIENCE * longest
-    state = random.getstate()
-    try:
-        better: Case | None = case
-        while better is not None:
-            case, better = better, None
-            for size, codes in _simpler(case, operations):
-                left -= 1
-                if left < 0:
-                    return case
-                try:
-                    attempt(size, codes)
-                except Broke as broke:
-                    shorter = Case(size, codes, broke.story)
-                    if broke.law == law and shorter.weight() < case.weight():
-                        better = shorter
-                        break
-        return case
-    finally:
-        random.setstate(state)
+    better: Case | None = case
+    while better is not None:
+        case, better = better, None
+        for size, codes in _simpler(case, operations):
+            left -= 1
+            if left < 0:
+                return case
+            try:
+                attempt(size, codes)
+            except Broke as broke:
+                shorter = Case(size, codes, broke.story)
+                if broke.law == law and shorter.weight() < case.weight():
+                    better = shorter
+                    break
+    return case
 
 
 def _simpler(case: Case, operations: int) -> Iterator[tuple[int, list[int]]]:

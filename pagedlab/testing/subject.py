@@ -46,16 +46,16 @@ class Subject:
 
         All laws that are held with the same options look at the same streams, which are tried once for all of them.
         """
-        key = tuple(sorted(options.items()))
+        key, kind = tuple(sorted(options.items())), driver_class(self.slot)
 
         def attempt(size: int, codes: list[int]) -> None:
             self.driver(size, codes, **options).run(codes)
 
         if key not in self._found:
-            self._found[key] = survey(attempt, longest=driver_class(self.slot).longest)
+            self._found[key] = survey(attempt, longest=kind.longest, share=kind.share)
         found = self._found[key]
         if law in found:
-            self.search(law, attempt, share=3.0)
+            self.search(law, attempt)
             raise LawBroken(found[law])  # it does not happen every time
         if found and "" not in found:
             raise Skipped(f"no stream got to its end: see {' and '.join(found)}")
@@ -63,7 +63,7 @@ class Subject:
     def search(self, law: str, attempt: Callable[[int, list[int]], object], *, share: float = 1.0) -> None:
         """`search` with streams as long as the slot's driver takes them."""
         kind = driver_class(self.slot)
-        search(law, attempt, longest=kind.longest, operations=len(kind.operations), share=share)
+        search(law, attempt, longest=kind.longest, operations=len(kind.operations), share=share * kind.share)
 
 
 def find_policy(policy: Any) -> Policy:

@@ -56,7 +56,8 @@ class Serving(Driver):
     engine, where it would work with a clone.
     """
 
-    longest: ClassVar[int] = 16
+    longest: ClassVar[int] = 14
+    share: ClassVar[float] = 0.4
     operations: ClassVar[tuple[str, ...]] = (
         "arrive",
         "arrive_like_before",

@@ -180,7 +180,7 @@ class Index(Driver):
 
     def finish(self) -> None:
         """Look for several prompts."""
-        for argument in range(0, 48, 5):
+        for argument in range(0, 48, 9):
             self.match_longer(argument)
 
     # ---- what must hold ------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def check_eviction_removals_by_others_are_heard(subject: Subject) -> None:
         subject.driver(size, codes).run(codes)  # what is wrong without it, too, is not this law's
         subject.driver(size, codes, forget=True).run(codes)
 
-    subject.search(REMOVED, attempt, share=2.0)
+    subject.search(REMOVED, attempt)
 
 
 @law("eviction")

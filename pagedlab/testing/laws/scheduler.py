@@ -48,7 +48,7 @@ def check_scheduler_standing_decisions_stand(subject: Subject) -> None:
             "asked at every step:",
         )
 
-    subject.search("standing_decisions_stand", attempt, share=2.0)
+    subject.search("standing_decisions_stand", attempt, share=1.5)
 
 
 def _ask_always(driver: Driver) -> None:
