@@ -102,6 +102,12 @@ class SharedHitsAreTooMuch(Oldest):
         del self._released[block]
 
 
+@breaks("answers_without_error")
+class HearsNothingOfReadmissions(Oldest):
+    def miss(self, key: Hashable) -> None:  # type: ignore[override]
+        pass
+
+
 @breaks("pickles_when_new", "pickles_in_the_middle")
 class CannotBePickled(Oldest):
     def __reduce__(self) -> Any:

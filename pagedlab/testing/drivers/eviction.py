@@ -128,10 +128,10 @@ class Tier(Driver):
             self.let_go(len(self.held) - 1)
 
     def hold_again(self, argument: int) -> None:
-        """A request for what an earlier one wanted begins."""
-        self.start(again(self.paths, argument), argument)
+        """A request for what an earlier one wanted begins, or that one itself, which was preempted."""
+        self.start(again(self.paths, argument), argument, readmitted=argument % 2 == 1)
 
-    def start(self, path: list[int], argument: int) -> bool:
+    def start(self, path: list[int], argument: int, *, readmitted: bool = False) -> bool:
         """Admit a request; False if there is no room for it."""
         self.paths.append(path)
         self.view.at += 1
@@ -148,8 +148,8 @@ class Tier(Driver):
         missing = path[len(found) :]
         for key in missing:
             self.observe(key)
-            self.tell(f"miss {self.name(key)}")
-            self.ask(f"miss({self.name(key)})", self.policy.miss, key)
+            self.tell(f"miss {self.name(key)}" + (" (readmitted)" if readmitted else ""))
+            self.ask(f"miss({self.name(key)})", self.policy.miss, key, readmitted)
         short = len(missing) - len(self.spare)
         if short > 0:
             self.give_up(short, ())
