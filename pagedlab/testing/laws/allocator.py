@@ -5,7 +5,6 @@ from __future__ import annotations
 from pagedlab.testing.driver import unequal
 from pagedlab.testing.drivers.allocator import Pool
 from pagedlab.testing.law import Skipped, law
-from pagedlab.testing.search import search
 from pagedlab.testing.subject import Subject
 
 
@@ -37,7 +36,7 @@ def check_allocator_refusal_changes_nothing(subject: Subject) -> None:
         refused = subject.driver(size, codes).run(codes)
         unequal("refusal_changes_nothing", without, refused, "without the refusals:")
 
-    search("refusal_changes_nothing", attempt)
+    subject.search("refusal_changes_nothing", attempt)
 
 
 @law("allocator")
@@ -74,7 +73,7 @@ def check_allocator_fits_tells_the_truth(subject: Subject) -> None:
                 "fits_tells_the_truth", f"before that {told} returned {said}, now allocate({n}) {taken}"
             )
 
-    search("fits_tells_the_truth", attempt)
+    subject.search("fits_tells_the_truth", attempt)
 
 
 @law("allocator")
@@ -87,7 +86,7 @@ def check_allocator_fits_changes_nothing(subject: Subject) -> None:
         asked = subject.driver(size, codes).run(codes)
         unequal("fits_changes_nothing", without, asked, "without asking fits:")
 
-    search("fits_changes_nothing", attempt)
+    subject.search("fits_changes_nothing", attempt)
 
 
 @law("allocator")

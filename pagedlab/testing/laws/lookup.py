@@ -5,7 +5,6 @@ from __future__ import annotations
 from pagedlab.errors import LawBroken
 from pagedlab.testing.driver import Broke, unequal
 from pagedlab.testing.law import Skipped, law
-from pagedlab.testing.search import search
 from pagedlab.testing.subject import Subject
 
 
@@ -79,14 +78,14 @@ def check_lookup_serials_identify_content(subject: Subject) -> None:
 @law("lookup")
 def check_lookup_looking_is_not_using(subject: Subject) -> None:
     """`match` changes nothing: asked again it says the same, and what is published later is told the same."""
-    subject.hold("looking_is_not_using")
+    subject.hold("looking_is_not_using", look=True)
 
     def attempt(size: int, codes: list[int]) -> None:
         without = subject.driver(size, codes, look=False).run(codes)
-        looked = subject.driver(size, codes).run(codes)
+        looked = subject.driver(size, codes, look=True).run(codes)
         unequal("looking_is_not_using", without, looked, "without having looked:")
 
-    search("looking_is_not_using", attempt)
+    subject.search("looking_is_not_using", attempt)
 
 
 @law("lookup")
@@ -102,4 +101,4 @@ def check_lookup_short_cuts_are_equal(subject: Subject) -> None:
             raise Broke("short_cuts_are_equal", broke.story) from None
         unequal("short_cuts_are_equal", plain, quick, "block by block:")
 
-    search("short_cuts_are_equal", attempt)
+    subject.search("short_cuts_are_equal", attempt)

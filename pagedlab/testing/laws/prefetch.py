@@ -27,28 +27,28 @@ def _enabled(subject: Subject) -> None:
 def check_prefetch_plans_name_what_is_there(subject: Subject) -> None:
     """Every `Load` is of a block that is cached in a lower tier at that moment."""
     _enabled(subject)
-    subject.hold(_THERE, longest=14, watch=_watch)
+    subject.hold(_THERE, watch=_watch)
 
 
 @law("prefetch")
 def check_prefetch_no_content_is_loaded_twice(subject: Subject) -> None:
     """One plan names no block twice."""
     _enabled(subject)
-    subject.hold(_ONCE, longest=14, watch=_watch)
+    subject.hold(_ONCE, watch=_watch)
 
 
 @law("prefetch")
 def check_prefetch_planning_changes_nothing(subject: Subject) -> None:
     """Asked twice without news of any load, it plans the same: the engine may ask at every step."""
     _enabled(subject)
-    subject.hold("planning_changes_nothing", longest=14, watch=_watch)
+    subject.hold("planning_changes_nothing", watch=_watch)
 
 
 @law("prefetch")
 def check_prefetch_fates_are_heard(subject: Subject) -> None:
     """Whatever becomes of a load (done, refused, useful, useless), `feedback` takes it."""
     _enabled(subject)
-    subject.hold(_HEARD, longest=14, watch=_watch)
+    subject.hold(_HEARD, watch=_watch)
 
 
 def _watch(driver: Serving) -> None:

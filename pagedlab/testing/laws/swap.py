@@ -8,7 +8,6 @@ from pagedlab.registry import lookup_class
 from pagedlab.testing.driver import Broke
 from pagedlab.testing.law import law
 from pagedlab.testing.laws.serving import serving_laws
-from pagedlab.testing.search import search
 from pagedlab.testing.subject import Subject
 
 serving_laws("swap")
@@ -36,7 +35,7 @@ def _hold(subject: Subject, name: str) -> None:
             if _attributes(block) != before:
                 raise Broke("storing_is_only_a_decision", f"{told} and changed the block")
 
-    search(name, attempt)
+    subject.search(name, attempt)
 
 
 def _attributes(block: Block) -> list[object]:
