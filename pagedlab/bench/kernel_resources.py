@@ -25,6 +25,14 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"head_size": 64, "group": 71},
     {"block_size": 13},
     {"block_size": 256},
+    {"layout": "padded"},
+    {"layout": "two-level"},
+    {"layout": "extents"},
+    {"features": True},
+    {"kv_dtype": "fp8"},
+    {"kv_dtype": "int8"},
+    {"kv_dtype": "fp8", "head_size": 256},
+    {"kv_dtype": "int8", "head_size": 256},
 )
 """Arguments of `pagedlab.kernels.triton.resources.builds`: the default, and each size changed alone."""
 

@@ -95,7 +95,7 @@ class ModelExecutor:
     @property
     def kv_bytes_per_block(self) -> int:
         """Bytes of one block's keys and values, all layers (0 before `prepare`)."""
-        return self.loaded.kv_bytes_per_token * self.block_size
+        return sum(cache[0].nbytes for cache in self._tiers[0])
 
     def release(self) -> PreTrainedModel:
         """Give the model back as it was: its own attention, its own layers. The executor cannot be used afterwards."""
@@ -152,7 +152,8 @@ class ModelExecutor:
                     num_blocks, block_size, layer.num_kv_heads, size, dtype=self.loaded.dtype, device=device
                 )
                 if self.poison:
-                    cache.fill_(math.nan)
+                    # All bits set are NaN too where a cache holds fp8, or its scales.
+                    cache.fill_(math.nan if cache.is_floating_point() else 255)
                 tensors.append(cache)
         return tensors
 

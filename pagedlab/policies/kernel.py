@@ -85,6 +85,16 @@ class TritonPaged(Kernel):
     split_tokens: int = param(
         512, low=16, high=2**20, unit="tokens", help="piece of context a program reads, if batch_invariant"
     )
+    kv_dtype: str = param(
+        "model",
+        choices=("model", "fp8", "int8"),
+        help="what the cache holds; fp8 and int8 halve it or better and change what is said a little",
+    )
+    scales: str = param(
+        "block",
+        choices=("block", "head"),
+        help="of fp8 and int8: one for each block and head, or for each head",
+    )
 
     def resolve(self, device: str, dtype: str) -> Kernel:
         if find_spec("triton") is None:

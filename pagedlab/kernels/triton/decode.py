@@ -19,6 +19,8 @@ def decode_splits(
     query,
     key_cache,
     value_cache,
+    key_scales,
+    value_scales,
     slopes,
     sinks,
     entries,
@@ -44,6 +46,8 @@ def decode_splits(
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    TAIL: tl.constexpr,
+    FORMAT: tl.constexpr,
     OPERAND: tl.constexpr,
     REAL: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -81,10 +85,10 @@ def decode_splits(
         top, total, acc = start_rows(sink, split == 0, ROWS, VALUE_PADDED, REAL)
         top, total, acc = attend_range(
             q, tl.full([ROWS], 0, tl.int32) + (length - 1), slope, top, total, acc,
-            key_cache, value_cache, entries, index, row, kv_head,
+            key_cache, value_cache, key_scales, value_scales, entries, index, row, kv_head,
             tl.maximum(begin, visible), tl.minimum(begin + split_len, length),
             block_of, NUM_KV_HEADS, BLOCK_SIZE, SIZE, VALUE_SIZE, PADDED, VALUE_PADDED, TILE,
-            SCALE, WINDOW, SOFT_CAP, OPERAND, REAL,
+            SCALE, WINDOW, SOFT_CAP, TAIL, FORMAT, OPERAND, REAL,
         )  # fmt: skip
         acc = acc / total[:, None]
         value_channel = tl.arange(0, VALUE_PADDED)

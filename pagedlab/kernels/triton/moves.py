@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from pagedlab.kernels.triton.blocks import move_words
+from pagedlab.kernels.triton.shapes import FUSED
 
 CHUNK = 1024
 """Words that a program moves."""
@@ -104,7 +105,7 @@ def _launch(
     pairs = torch.tensor([list(from_blocks), list(to_blocks)], dtype=torch.int64, device=device)
     with on(device):
         move_words[len(from_blocks), len(sources), triton.cdiv(words, CHUNK)](
-            table[0], table[1], pairs[0], pairs[1], WORDS=words, CHUNK=CHUNK, WORD=WORDS[width]
+            table[0], table[1], pairs[0], pairs[1], WORDS=words, CHUNK=CHUNK, WORD=WORDS[width], **FUSED
         )
 
 

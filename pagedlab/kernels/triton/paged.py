@@ -23,9 +23,20 @@ from pagedlab.kernels.base import AttentionBatch
 from pagedlab.kernels.layouts import triton_block_of
 from pagedlab.kernels.triton.cache_write import rotate_and_store, store_tokens
 from pagedlab.kernels.triton.decode import decode_splits, reduce_splits
+from pagedlab.kernels.triton.formats import (
+    FORMATS,
+    LARGEST,
+    QUANTISED_CHUNK,
+    TAIL,
+    allocate_bytes,
+    format_on,
+    runs_of,
+    set_head_scales,
+)
 from pagedlab.kernels.triton.moves import move_blocks, on
 from pagedlab.kernels.triton.prefill import prefill_tiles
-from pagedlab.kernels.triton.shapes import MOST_CHANNELS, Shape, round_up
+from pagedlab.kernels.triton.quantised import store_quantised
+from pagedlab.kernels.triton.shapes import FUSED, MOST_CHANNELS, Shape, round_up
 from pagedlab.policies.layout import Layout
 
 MOST_SPLITS = 64
@@ -59,21 +70,39 @@ class _Plan:
     """Sequences for `prefill`, which is cut into tiles when the group is known."""
     tiles: dict[int, torch.Tensor]
     """By query tokens a tile: int32 [num_tiles, 2], sequence and first token."""
+    order: torch.Tensor
+    runs: torch.Tensor
+    """Of a quantised cache: tokens by ascending slot, and where each block's begin among them."""
 
 
 class TritonPagedAttention:
     """Triton kernels for caches of float32, bfloat16 and float16 (and float64 in the interpreter).
 
-    ``split_tokens`` is the length of a piece of context if ``batch_invariant``.
+    ``split_tokens`` is the length of a piece of context if ``batch_invariant``. ``kv_dtype`` "fp8" or "int8" keeps one
+    byte a channel and a scale for each block and head, or with ``scales`` "head" one for all blocks of a head, set by
+    the first tokens that are written (what is later larger saturates; int8 then keeps no NaN).
     """
 
     axis_order: tuple[str, ...] = ("block", "head", "token", "channel")
 
     def __init__(
-        self, layout: Layout, *, batch_invariant: bool = False, split_tokens: int = 512, **params: Any
+        self,
+        layout: Layout,
+        *,
+        batch_invariant: bool = False,
+        split_tokens: int = 512,
+        kv_dtype: str = "model",
+        scales: str = "block",
+        **params: Any,
     ) -> None:
         self._block_of = triton_block_of(layout)
         self.batch_invariant, self.split_tokens = batch_invariant, split_tokens
+        self.kv_dtype, self.scales = kv_dtype, scales
+        self.quantised = kv_dtype != "model"
+        if self.quantised:
+            self.axis_order = ("block", "head", "byte")
+        self._scaled: set[int] = set()
+        """Addresses of caches whose heads have their scales."""
         self._plan: _Plan | None = None
 
     def allocate(
@@ -86,13 +115,20 @@ class TritonPagedAttention:
         dtype: torch.dtype,
         device: torch.device,
     ) -> torch.Tensor:
-        """Return an empty [num_blocks, num_kv_heads, block_size, head_size]; `ConfigError` beyond 256 channels."""
+        """Return an empty [num_blocks, num_kv_heads, block_size, head_size], or bytes if quantised.
+
+        Raises `ConfigError` beyond 256 channels.
+        """
         if head_size > MOST_CHANNELS:
             raise ConfigError(
                 f"kernel 'triton-paged' serves heads of up to {MOST_CHANNELS} channels, not {head_size}; "
                 "'gather-sdpa' serves any"
             )
-        return torch.empty(num_blocks, num_kv_heads, block_size, head_size, dtype=dtype, device=device)
+        if not self.quantised:
+            return torch.empty(num_blocks, num_kv_heads, block_size, head_size, dtype=dtype, device=device)
+        cache = allocate_bytes(num_blocks, block_size, num_kv_heads, head_size, device)
+        self._scaled.discard(cache.data_ptr())
+        return cache
 
     def write(self, cache: torch.Tensor, new: torch.Tensor, batch: AttentionBatch) -> None:
         """Store ``new`` [num_tokens, num_kv_heads, head_size] at ``batch.slots``."""
@@ -101,6 +137,9 @@ class TritonPagedAttention:
             return
         plan = self._on_device(batch, cache.device)
         new = _by_channel(new)
+        if self.quantised:
+            self._write_quantised(cache, new, batch.block_size, plan)
+            return
         with on(cache.device):
             store_tokens[num_tokens, num_heads](
                 _whole(cache),
@@ -112,6 +151,38 @@ class TritonPagedAttention:
                 BLOCK_SIZE=cache.shape[2],
                 SIZE=size,
                 PADDED=triton.next_power_of_2(size),
+                **FUSED,
+            )
+
+    def _write_quantised(self, cache: torch.Tensor, new: torch.Tensor, block_size: int, plan: _Plan) -> None:
+        _, num_heads, size = new.shape
+        if cache.shape[-1] != block_size * size + TAIL:
+            raise ConfigError(
+                f"a cache of {cache.shape[-1]} bytes a head is not of {block_size} tokens of {size}"
+            )
+        form = format_on(self.kv_dtype, cache.device)
+        if self.scales == "head" and cache.data_ptr() not in self._scaled:
+            set_head_scales(cache, new, LARGEST[form])
+            self._scaled.add(cache.data_ptr())
+        with on(cache.device):
+            store_quantised[len(plan.runs) - 1, num_heads](
+                _whole(cache),
+                cache.view(torch.float32),
+                new,
+                plan.order,
+                plan.runs,
+                plan.slots,
+                new.stride(0),
+                new.stride(1),
+                NUM_KV_HEADS=num_heads,
+                BLOCK_SIZE=block_size,
+                SIZE=size,
+                PADDED=triton.next_power_of_2(size),
+                TAIL=TAIL,
+                CHUNK=QUANTISED_CHUNK,
+                FORMAT=FORMATS[form],
+                FIXED=self.scales == "head",
+                **FUSED,
             )
 
     def write_rotated(
@@ -131,6 +202,8 @@ class TritonPagedAttention:
         ``cos`` and ``sin`` [num_tokens, rotary_size / 2] turn the first ``rotary_size`` channels; the partner of a
         channel is half of them away or, ``interleaved``, its neighbour.
         """
+        if self.quantised:
+            raise ConfigError(f"write_rotated writes a cache of the model's dtype, not {self.kv_dtype!r}")
         num_tokens, num_heads, size = key.shape
         if num_tokens == 0:
             return
@@ -158,6 +231,7 @@ class TritonPagedAttention:
                 ROTARY=2 * cos.shape[-1],
                 INTERLEAVED=interleaved,
                 REAL=_real(key.dtype),
+                **FUSED,
             )
 
     def attend(
@@ -176,16 +250,24 @@ class TritonPagedAttention:
         """Return [num_tokens, num_heads, value_head_size]; see `pagedlab.kernels.base`."""
         num_tokens, num_heads, size = query.shape
         num_kv_heads, value_size = value_cache.shape[1], value_cache.shape[-1]
+        dtype, form, tail = key_cache.dtype, 0, 0
+        block_size, key_scales, value_scales = key_cache.shape[2], None, None
+        if self.quantised:
+            dtype, form, tail = query.dtype, FORMATS[format_on(self.kv_dtype, query.device)], TAIL
+            block_size, value_size = batch.block_size, (value_size - TAIL) // batch.block_size
+            key_scales, value_scales = key_cache.view(torch.float32), value_cache.view(torch.float32)
         out = torch.empty(num_tokens, num_heads, value_size, dtype=query.dtype, device=query.device)
         if num_tokens == 0:
             return out
         plan = self._on_device(batch, query.device)
-        shape = Shape.of(num_heads // num_kv_heads, size, value_size, key_cache.dtype.itemsize)
-        query = _by_channel(query.to(key_cache.dtype))
+        shape = Shape.of(num_heads // num_kv_heads, size, value_size, dtype.itemsize, self.quantised)
+        query = _by_channel(query.to(dtype))
         sources = (
             query,
             _whole(key_cache),
             _whole(value_cache),
+            key_scales,
+            value_scales,
             alibi_slopes,
             sinks,
             plan.entries,
@@ -194,12 +276,14 @@ class TritonPagedAttention:
         constants: dict[str, Any] = {
             "block_of": self._block_of,
             "NUM_KV_HEADS": num_kv_heads,
-            "BLOCK_SIZE": key_cache.shape[2],
+            "BLOCK_SIZE": block_size,
             "SCALE": float(scale),
             "WINDOW": sliding_window or 0,
             "SOFT_CAP": float(soft_cap or 0.0),
-            "OPERAND": _operand(key_cache),
-            "REAL": _real(key_cache.dtype),
+            "TAIL": tail,
+            "FORMAT": form,
+            "OPERAND": _operand(dtype, query.device),
+            "REAL": _real(dtype),
             **shape.constants,
         }
         with on(query.device):
@@ -280,6 +364,7 @@ class TritonPagedAttention:
                 WINDOW=constants["WINDOW"],
                 REAL=constants["REAL"],
                 num_warps=1,
+                **FUSED,
             )
 
     def split_len(self, visible: int, programs: int, tile: int, device: torch.device) -> int:
@@ -298,8 +383,10 @@ class TritonPagedAttention:
         alone = self.batch_invariant or batch.max_query_len <= 1
         decodes = np.flatnonzero(counts == 1) if alone else np.empty(0, np.int64)
         chunks = np.flatnonzero(counts > (1 if alone else 0))
-        index, query_start, context_lens, rows, sequences = _arrays_on(
-            device, batch.index, batch.query_start, batch.context_lens, batch.rows, decodes
+        nothing = np.empty(0, np.int64)
+        order, runs = runs_of(batch.slots, batch.block_size) if self.quantised else (nothing, nothing)
+        index, query_start, context_lens, rows, sequences, by_slot, begins = _arrays_on(
+            device, batch.index, batch.query_start, batch.context_lens, batch.rows, decodes, order, runs
         )
         plan = _Plan(
             batch=batch,
@@ -313,6 +400,8 @@ class TritonPagedAttention:
             decodes=sequences,
             chunks=chunks.tolist(),
             tiles={},
+            order=by_slot,
+            runs=begins,
         )
         self._plan = plan
         return plan
@@ -360,10 +449,10 @@ def _real(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _operand(cache: torch.Tensor) -> tl.dtype:
-    if cache.dtype == torch.bfloat16 and cache.device.type == "cpu":
+def _operand(dtype: torch.dtype, device: torch.device) -> tl.dtype:
+    if dtype == torch.bfloat16 and device.type == "cpu":
         return tl.float32  # the interpreter multiplies the bits of bfloat16 as integers
-    return OPERANDS[cache.dtype]
+    return OPERANDS[dtype]
 
 
 def _processors(device: torch.device) -> int:

@@ -17,6 +17,8 @@ def prefill_tiles(
     query,
     key_cache,
     value_cache,
+    key_scales,
+    value_scales,
     slopes,
     sinks,
     entries,
@@ -40,6 +42,8 @@ def prefill_tiles(
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    TAIL: tl.constexpr,
+    FORMAT: tl.constexpr,
     OPERAND: tl.constexpr,
     REAL: tl.constexpr,
 ):
@@ -77,9 +81,9 @@ def prefill_tiles(
     top, total, acc = start_rows(sink, True, ROWS, VALUE_PADDED, REAL)
     top, total, acc = attend_range(
         q, before + token, slope, top, total, acc,
-        key_cache, value_cache, entries, index, row, kv_head, first, stop,
+        key_cache, value_cache, key_scales, value_scales, entries, index, row, kv_head, first, stop,
         block_of, NUM_KV_HEADS, BLOCK_SIZE, SIZE, VALUE_SIZE, PADDED, VALUE_PADDED, TILE,
-        SCALE, WINDOW, SOFT_CAP, OPERAND, REAL,
+        SCALE, WINDOW, SOFT_CAP, TAIL, FORMAT, OPERAND, REAL,
     )  # fmt: skip
     value_channel = tl.arange(0, VALUE_PADDED)
     target = (place * NUM_KV_HEADS * GROUP + head) * VALUE_SIZE

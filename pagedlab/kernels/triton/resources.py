@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -21,18 +21,39 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pagedlab.errors import ConfigError, nearest
-from pagedlab.kernels.triton import blocks, cache_write, decode, prefill, tables
+from pagedlab.kernels.triton import blocks, cache_write, decode, prefill, quantised, tables
+from pagedlab.kernels.triton.formats import FORMATS, QUANTISED_CHUNK, TAIL
 from pagedlab.kernels.triton.moves import CHUNK
-from pagedlab.kernels.triton.shapes import Shape
+from pagedlab.kernels.triton.shapes import FUSED, Shape
 from pagedlab.policies.kernel import interpreted
 
+
+class Target(NamedTuple):
+    """A GPU to compile for; ``fp8`` is its form of fp8, a key of `formats.FORMATS`."""
+
+    backend: str
+    architecture: int | str
+    warp_size: int
+    fp8: str
+
+
 TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "gfx942": ("hip", "gfx942", 64),
+    "sm_80": Target("cuda", 80, 32, "E4M3_BITS"),
+    "sm_90": Target("cuda", 90, 32, "E4M3"),
+    "gfx942": Target("hip", "gfx942", 64, "E4M3_FNUZ"),
 }
-"""Backend, architecture, threads a warp: A100, H100 and H200, MI300."""
+"""A100, H100 and H200, MI300."""
 DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
+
+DEFAULTS: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "kv_dtype": "model",
+    "head_size": 128,
+    "group": 4,
+    "block_size": 16,
+    "layout": "csr",
+    "features": False,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,58 +68,97 @@ class Build:
 
 
 def builds(
-    *, dtype: str = "bfloat16", head_size: int = 128, group: int = 4, block_size: int = 16
+    *,
+    target: str,
+    dtype: str = "bfloat16",
+    kv_dtype: str = "model",
+    head_size: int = 128,
+    group: int = 4,
+    block_size: int = 16,
+    layout: str = "csr",
+    features: bool = False,
 ) -> Iterator[Build]:
-    """Yield every kernel for one shape, with the tiles that `TritonPagedAttention` would use."""
-    element = DTYPES[dtype]
-    shape = Shape.of(group, head_size, head_size, element.primitive_bitwidth // 8)
-    cached, real = f"*{element.name}", tl.float32
+    """Yield every kernel for one shape, with the tiles that `TritonPagedAttention` would use on ``target``.
+
+    ``features`` adds a sliding window, a soft cap, ALiBi slopes and sinks. Of a cache in one byte a channel
+    (``kv_dtype`` "fp8" or "int8") only the kernels that differ are yielded.
+    """
+    element, real = DTYPES[dtype], tl.float32
+    shape = Shape.of(group, head_size, head_size, element.primitive_bitwidth // 8, kv_dtype != "model")
+    form = "" if kv_dtype == "model" else "INT8" if kv_dtype == "int8" else TARGETS[target].fp8
+    computed = f"*{element.name}"
+    cached = "*u8" if form else computed
     table = dict.fromkeys(("entries", "index", "query_start", "context_lens", "rows"), "*i32")
-    tensors = dict.fromkeys(("out", "query", "key_cache", "value_cache"), cached)
+    tensors = {"out": computed, "query": computed, "key_cache": cached, "value_cache": cached, **table}
     parts = dict.fromkeys(("parts", "part_sums"), "*fp32")
+    sizes = {"NUM_KV_HEADS": 8, "BLOCK_SIZE": block_size, "SIZE": head_size}
     common: dict[str, Any] = {
-        "slopes": None,
-        "sinks": None,
-        "block_of": tables.csr,
-        "NUM_KV_HEADS": 8,
-        "BLOCK_SIZE": block_size,
+        "block_of": getattr(tables, layout.replace("-", "_")),
         "SCALE": head_size**-0.5,
-        "WINDOW": 0,
-        "SOFT_CAP": 0.0,
+        "WINDOW": 4096 if features else 0,
+        "SOFT_CAP": 50.0 if features else 0.0,
+        "TAIL": TAIL if form else 0,
+        "FORMAT": FORMATS[form] if form else 0,
         "OPERAND": element,
         "REAL": real,
+        **sizes,
         **shape.constants,
     }
+    for names, there in ((("key_scales", "value_scales"), bool(form)), (("slopes", "sinks"), features)):
+        if there:
+            tensors |= dict.fromkeys(names, "*fp32")
+        else:
+            common |= dict.fromkeys(names)
+    decode_options = {**common, "ROWS": shape.decode_rows, "TILE": shape.decode_tile, "SPLIT": True}
+    prefill_options = {**common, "ROWS": shape.prefill_rows, "TILE": shape.prefill_tile}
     yield Build(
         "decode",
         decode.decode_splits,
-        {**tensors, **parts, **table, "sequences": "*i32"},
-        {**common, "ROWS": shape.decode_rows, "TILE": shape.decode_tile, "SPLIT": True},
+        {**tensors, **parts, "sequences": "*i32"},
+        decode_options,
         shape.decode_options,
     )
     yield Build(
+        "prefill", prefill.prefill_tiles, {**tensors, "tiles": "*i32"}, prefill_options, shape.prefill_options
+    )
+    padded = triton.next_power_of_2(head_size)
+    if form:
+        yield Build(
+            "write",
+            quantised.store_quantised,
+            {
+                "cache": cached,
+                "scales": "*fp32",
+                "new": computed,
+                "order": "*i32",
+                "runs": "*i32",
+                "slots": "*i64",
+            },
+            {
+                **sizes,
+                "PADDED": padded,
+                "TAIL": TAIL,
+                "CHUNK": QUANTISED_CHUNK,
+                "FORMAT": FORMATS[form],
+                "FIXED": False,
+            },
+            {},
+        )
+        return
+    yield Build(
         "reduce",
         decode.reduce_splits,
-        {"out": cached, **parts, **dict.fromkeys(("sequences", "query_start", "context_lens"), "*i32")},
+        {"out": computed, **parts, **dict.fromkeys(("sequences", "query_start", "context_lens"), "*i32")},
         {
             "NUM_HEADS": 8 * group,
             "VALUE_SIZE": head_size,
             "VALUE_PADDED": shape.constants["VALUE_PADDED"],
             "TILE": shape.decode_tile,
-            "WINDOW": 0,
+            "WINDOW": common["WINDOW"],
             "REAL": real,
         },
         {"num_warps": 1},
     )
-    yield Build(
-        "prefill",
-        prefill.prefill_tiles,
-        {**tensors, **table, "tiles": "*i32"},
-        {**common, "ROWS": shape.prefill_rows, "TILE": shape.prefill_tile},
-        shape.prefill_options,
-    )
-    sizes = {"NUM_KV_HEADS": 8, "BLOCK_SIZE": block_size, "SIZE": head_size}
-    padded = triton.next_power_of_2(head_size)
     yield Build(
         "write",
         cache_write.store_tokens,
@@ -142,12 +202,7 @@ def compile_kernel(build: Build, target: str) -> dict[str, Any]:
 
     ``spills`` counts spilled registers where the assembler says so (AMD) and bytes of local memory elsewhere.
     """
-    if target not in TARGETS:
-        raise ConfigError(f"no target {target!r}; known: {', '.join(TARGETS)}{nearest(target, TARGETS)}")
-    if interpreted():
-        raise ConfigError(
-            "TRITON_INTERPRET is set: kernels are interpreted in this process and cannot be compiled"
-        )
+    _check(target)
     names = build.function.arg_names
     signature = {
         name: "constexpr" if name in build.constants else build.pointers.get(name, "i32") for name in names
@@ -159,7 +214,9 @@ def compile_kernel(build: Build, target: str) -> dict[str, Any]:
         if kind.startswith("*") or name.endswith("_stride")
     }
     source = ASTSource(build.function, signature=signature, constexprs=build.constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=build.options)
+    compiled = triton.compile(
+        source, target=GPUTarget(*TARGETS[target][:3]), options={**build.options, **FUSED}
+    )
     usage = _nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd(compiled.asm["amdgcn"])
     return {**usage, "shared": int(compiled.metadata.shared)}
 
@@ -171,12 +228,22 @@ def compile_kernels(
     given = list(shapes)
     rows = []
     for target in targets:
+        _check(target)
         for shape in given:
-            full = {"dtype": "bfloat16", "head_size": 128, "group": 4, "block_size": 16, **shape}
-            for build in builds(**full):
+            full = {**DEFAULTS, **shape}
+            for build in builds(target=target, **full):
                 row = {"target": target, "kernel": build.kernel, **full}
                 rows.append({**row, **compile_kernel(build, target)})
     return rows
+
+
+def _check(target: str) -> None:
+    if target not in TARGETS:
+        raise ConfigError(f"no target {target!r}; known: {', '.join(TARGETS)}{nearest(target, TARGETS)}")
+    if interpreted():
+        raise ConfigError(
+            "TRITON_INTERPRET is set: kernels are interpreted in this process and cannot be compiled"
+        )
 
 
 def _nvidia(cubin: bytes) -> dict[str, int]:

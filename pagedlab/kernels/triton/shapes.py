@@ -14,6 +14,8 @@ import triton
 
 MOST_CHANNELS = 256
 """Largest head that is served; beyond it nothing fits into shared memory and registers."""
+FUSED = {"enable_fp_fusion": True}
+"""Multiply and add in one, said aloud: Triton's default changes between versions, and with it the bits of results."""
 LEAST_ROWS = 16
 """A matrix unit takes 16 rows; a smaller group is padded."""
 
@@ -34,16 +36,19 @@ class Shape:
 
     @staticmethod
     @functools.cache
-    def of(group: int, size: int, value_size: int, itemsize: int) -> Shape:
-        """Return the shape for ``group`` query heads a KV head, keys and values of a cache of ``itemsize`` bytes."""
+    def of(group: int, size: int, value_size: int, itemsize: int, quantised: bool = False) -> Shape:
+        """Return the shape for ``group`` query heads a KV head, where products take numbers of ``itemsize`` bytes.
+
+        Decoding a ``quantised`` cache takes registers of its own.
+        """
         padded, value_padded = (max(16, triton.next_power_of_2(x)) for x in (size, value_size))
         widest = max(padded, value_padded)
         least = max(LEAST_ROWS, triton.next_power_of_2(group))
         # float32 in exact arithmetic does without matrix units: smaller tiles, more threads.
         exact = itemsize > 2
         decode_rows, prefill_rows = least, max(least, 32 if exact else 64)
-        decode_tile, decode_warps = _cut(decode_rows, widest, exact)
-        prefill_tile, prefill_warps = _cut(prefill_rows, widest, exact)
+        decode_tile, decode_warps = _cut(decode_rows, widest, exact, quantised)
+        prefill_tile, prefill_warps = _cut(prefill_rows, widest, exact, quantised)
         return Shape(
             group=group,
             constants={
@@ -57,16 +62,18 @@ class Shape:
             decode_tile=decode_tile,
             prefill_rows=prefill_rows,
             prefill_tile=prefill_tile,
-            decode_options={"num_warps": decode_warps, "num_stages": 2},
-            prefill_options={"num_warps": prefill_warps, "num_stages": 2},
+            decode_options={"num_warps": decode_warps, "num_stages": 2, **FUSED},
+            prefill_options={"num_warps": prefill_warps, "num_stages": 2, **FUSED},
         )
 
 
-def _cut(rows: int, widest: int, exact: bool) -> tuple[int, int]:
+def _cut(rows: int, widest: int, exact: bool, quantised: bool) -> tuple[int, int]:
     """Return keys a tile, and warps."""
     if exact:
-        return 32 if rows <= 32 and widest <= 128 else 16, 8
+        return 32 if widest <= 64 or (rows <= 16 and widest <= 128) else 16, 8
     tile = 64 if widest <= 64 or (rows <= 32 and widest <= 128) else 32
+    if quantised and rows > 32 and widest > 128:
+        tile = 16
     return tile, 8 if widest > 128 or rows > 64 else 4
 
 
