@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from math import inf
 from typing import ClassVar, NamedTuple
 
 from pagedlab.policies.base import param
@@ -29,14 +30,25 @@ class NextBlock(Prefetch):
     def reset(self) -> None:
         self._used: OrderedDict[Block, int] = OrderedDict()
         """The last block of each hit since the last plan, and its serial then."""
+        self._planned: float | None = None
+        """When a plan was made for these."""
+
+    def _forget_before(self, now: float) -> None:
+        if self._planned is not None and self._planned < now:
+            self._used.clear()
+            self._planned = None
 
     def used(self, sequence: Waiting, blocks: Sequence[Block]) -> None:
+        self._forget_before(inf)
         if blocks:
             self._used[blocks[-1]] = blocks[-1].serial
             if len(self._used) > self.recent:
                 self._used.popitem(last=False)
 
     def plan(self, waiting: Sequence[Waiting], residency: Residency, link_budget: int) -> list[Load]:
+        # Asked twice at one time it says the same twice.
+        self._forget_before(self.now)
+        self._planned = self.now
         found: dict[Block, Load] = {}
         for last, serial in self._used.items():
             if last.serial != serial:
@@ -49,7 +61,6 @@ class NextBlock(Prefetch):
                 if block not in found:
                     found[block] = Load(block, evict=self.evict)
                     line += residency.children(block)
-        self._used.clear()
         return list(found.values())
 
 

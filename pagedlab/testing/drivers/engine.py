@@ -91,7 +91,11 @@ class Serving(Driver):
             },
         )
         self.stub = StubExecutor(vocab_size=3, seed=self.size)
-        self.engine: Engine = self.ask("reset", Engine, self.config, self.stub, clock=StepClock())
+        # A yardstick may look ahead: all that is to come has been added, but for what comes while it runs.
+        known = bool(getattr(self.policy, "needs_future", False))
+        self.engine: Engine = self.ask(
+            "reset", Engine, self.config, self.stub, clock=StepClock(), knows_future=known
+        )
         self.asked = getattr(self.engine.policies, self.policy.slot)
         self.seen = 0
         watch = self.options.get("watch")
