@@ -233,10 +233,8 @@ def check_policy_same_input_same_decisions(subject: Subject) -> None:
 def _another_world(number: int, subject: Subject) -> Iterator[None]:
     """Other random numbers, another time on every clock, other addresses in memory."""
     ballast = [object() for _ in range(997 * number)]
-    state, numpy = random.getstate(), sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
     random.seed(number)
-    if numpy:
+    if numpy := sys.modules.get("numpy"):
         numpy.random.seed(number)
     moment = 1e9 * (1 + number)
 
@@ -267,9 +265,6 @@ def _another_world(number: int, subject: Subject) -> Iterator[None]:
         subject.unseeded = False
         for scope, name, value in reversed(replaced):
             scope[name] = value
-        random.setstate(state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
         del ballast
 
 
