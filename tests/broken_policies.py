@@ -161,10 +161,20 @@ class SharesATable(Oldest):
         return self.table[key]
 
 
-@breaks("same_input_same_decisions", "instances_share_nothing", "pickles_in_the_middle")
+@breaks("same_input_same_decisions", "instances_share_nothing")
 class DrawsFromEverybodysDice(Oldest):
     def priority(self, block: Block) -> float:
         return random.random()
+
+
+@breaks("same_input_same_decisions")
+class DrawsItsOwnNumbersUnseeded(Oldest):
+    def reset(self, *, capacity: int) -> None:
+        super().reset(capacity=capacity)
+        self._dice = random.Random()
+
+    def priority(self, block: Block) -> float:
+        return self._dice.random()
 
 
 @breaks("same_input_same_decisions")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import broken_policies
+import numpy as np
 import pytest
 from broken_policies import BROKEN, Broken
 from hypothesis import HealthCheck, Phase, find, given, settings
@@ -23,7 +26,7 @@ from typer.testing import CliRunner
 import pagedlab as pl
 from pagedlab import cli
 from pagedlab.errors import ConfigError, LawBroken
-from pagedlab.policies import Allocator, Block, Eviction, Scheduler, param
+from pagedlab.policies import Allocator, Block, Eviction, Kernel, Scheduler, param
 from pagedlab.policies.view import View
 from pagedlab.registry import SLOTS, lookup_class, policy_names
 from pagedlab.testing import LawWarning, checks_for, parametrize_with_checks, policy_machine
@@ -309,6 +312,35 @@ def test_nothing_is_left_in_the_folder(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_kernel_is_not_tried_where_it_cannot_run() -> None:
+    class Elsewhere(Kernel):
+        devices = ("quantum",)
+        implementation = "no.such.module:Nothing"
+
+    rows = {row.check: row for row in pl.check_policy(Elsewhere)}
+    for law in ("agrees_with_dense", "unused_slots_cannot_leak"):
+        assert rows[law].status == "skipped"
+        assert "runs on quantum, not on 'cpu'" in rows[law].detail
+
+
+def test_a_policy_that_throws_dice_breaks_one_law_and_not_ten() -> None:
+    rows = pl.check_policy(broken("DrawsItsOwnNumbersUnseeded"), on_fail=None)
+    assert [row.check for row in rows.failed] == ["same_input_same_decisions"]
+
+
+def test_checking_leaves_the_world_as_it_was() -> None:
+    """Whatever it breaks: random numbers go on, clocks are clocks, no trace function stays, the policy is untouched."""
+    for name in ("ReadsTheClock", "DrawsFromEverybodysDice", "HoldsALock"):
+        policy = broken(name)
+        dice = random.getstate(), str(np.random.get_state())  # noqa: NPY002
+        clocks = time.time, time.monotonic, sys.gettrace()
+        pl.check_policy(policy, on_fail=None)
+        assert (random.getstate(), str(np.random.get_state())) == dice  # noqa: NPY002
+        assert (time.time, time.monotonic, sys.gettrace()) == clocks
+        assert broken_policies.time.time is time.time
+        assert vars(policy) == {}
 
 
 def test_bounds_are_given_the_future() -> None:

@@ -14,6 +14,8 @@ TOP = 511
 """Largest number of a stream."""
 NO_ERROR = "answers_without_error"
 """The law that a policy breaks by raising an exception."""
+SAME = "same_input_same_decisions"
+"""The law that a policy breaks by deciding otherwise in the same run."""
 
 T = TypeVar("T")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -93,26 +92,15 @@ def survey(attempt: Attempt, *, longest: int, share: float = 1.0) -> dict[str, s
     The law "" stands for the streams that got to their end: it is there if any did.
     """
     found: dict[str, str] = {}
-    with _same_dice():
-        for size, codes in drawn(longest, round(share * budget())):
-            try:
-                attempt(size, codes)
-            except Broke as broke:
-                found[broke.law] = min(found.get(broke.law, broke.story), broke.story, key=len)
-            else:
-                if codes:
-                    found[""] = ""
+    for size, codes in drawn(longest, round(share * budget())):
+        try:
+            attempt(size, codes)
+        except Broke as broke:
+            found[broke.law] = min(found.get(broke.law, broke.story), broke.story, key=len)
+        else:
+            if codes:
+                found[""] = ""
     return found
-
-
-@contextmanager
-def _same_dice() -> Iterator[None]:
-    """Drivers seed everybody's random numbers; afterwards these go on as if nothing had been."""
-    state = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(state)
 
 
 class Case(NamedTuple):
@@ -151,16 +139,14 @@ def search(law: str, attempt: Attempt, *, longest: int, operations: int, share: 
 
     count = round(share * budget())
     try:
-        with _same_dice():
-            for size, codes in drawn(longest, count):
-                hold(size, codes)
+        for size, codes in drawn(longest, count):
+            hold(size, codes)
     except LawBroken:
         try:
             _draw(hold, longest, count)
         except (LawBroken, hypothesis_errors.Flaky):
             pass  # what breaks only now and then cannot be found again; then the shortest that was seen has to do
-        with _same_dice():
-            case = _polished(law, attempt, min(cases, key=Case.weight), operations, longest)
+        case = _polished(law, attempt, min(cases, key=Case.weight), operations, longest)
         raise LawBroken(case.story) from None
     if not whole and others:
         raise Skipped(f"no stream got to its end: see {others[-1].law}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
+from functools import cached_property
 from importlib import import_module, util
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from pagedlab.errors import ConfigError, LawBroken, nearest
 from pagedlab.policies.base import Policy
 from pagedlab.registry import SLOTS, lookup_class, policy_names
-from pagedlab.testing.driver import Driver
+from pagedlab.testing.driver import SAME, Broke, Driver, unequal
 from pagedlab.testing.drivers import driver_class
 from pagedlab.testing.law import Skipped
 from pagedlab.testing.search import search, survey
@@ -59,6 +60,29 @@ class Subject:
             raise LawBroken(found[law])  # it does not happen every time
         if found and "" not in found:
             raise Skipped(f"no stream got to its end: see {' and '.join(found)}")
+
+    def equal(self, law: str, one: Driver, other: Driver, said: str) -> None:
+        """Raise `Broke` if the stories of two runs differ; ``said`` introduces what ``one``, an ordinary run, had told.
+
+        A policy that decides otherwise in the same run has broken another law than this one.
+        """
+        try:
+            unequal(law, one, other, said)
+        except Broke as broke:
+            if law != SAME and not self.repeats:
+                raise Broke(SAME, broke.story) from None
+            raise
+
+    @cached_property
+    def repeats(self) -> bool:
+        """Whether it decides the same when it is asked the same."""
+        kind = driver_class(self.slot)
+
+        def twice(size: int, codes: list[int]) -> None:
+            one, again = (self.driver(size, codes).run(codes) for _ in range(2))
+            unequal(SAME, one, again, "the first time:")
+
+        return SAME not in survey(twice, longest=kind.longest, share=kind.share)
 
     def search(self, law: str, attempt: Callable[[int, list[int]], object], *, share: float = 1.0) -> None:
         """`search` with streams as long as the slot's driver takes them."""

@@ -10,7 +10,7 @@ from typing import Any
 from pagedlab.errors import LawBroken
 from pagedlab.policies.block import NOBODY, Block, Origin
 from pagedlab.policies.view import View
-from pagedlab.testing.driver import Broke, unequal
+from pagedlab.testing.driver import Broke
 from pagedlab.testing.drivers.eviction import REMOVED, Tier, World
 from pagedlab.testing.law import Skipped, law
 from pagedlab.testing.subject import Subject
@@ -75,7 +75,7 @@ def check_eviction_looking_is_not_using(subject: Subject) -> None:
 
     def attempt(size: int, codes: list[int]) -> None:
         without = subject.driver(size, codes).run(codes)
-        unequal(
+        subject.equal(
             "looking_is_not_using",
             without,
             subject.driver(size, codes, look=True).run(codes),
@@ -95,7 +95,7 @@ def check_eviction_short_cuts_are_equal(subject: Subject) -> None:
             quick = subject.driver(size, codes, quick=True).run(codes)
         except Broke as broke:
             raise Broke("short_cuts_are_equal", broke.story) from None
-        unequal("short_cuts_are_equal", plain, quick, "by the plain methods:")
+        subject.equal("short_cuts_are_equal", plain, quick, "by the plain methods:")
 
     subject.search("short_cuts_are_equal", attempt)
 

@@ -17,7 +17,7 @@ from pagedlab.config import Config
 from pagedlab.errors import ConfigError, LawBroken
 from pagedlab.policies.base import Parameter
 from pagedlab.registry import is_registered
-from pagedlab.testing.driver import NO_ERROR, Broke, Driver, unequal
+from pagedlab.testing.driver import NO_ERROR, Broke, Driver
 from pagedlab.testing.drivers import has_driver
 from pagedlab.testing.law import EVERY_SLOT, Skipped, law
 from pagedlab.testing.subject import Subject
@@ -144,7 +144,7 @@ def check_policy_pickles_in_the_middle(subject: Subject) -> None:
             pickled.run(codes[half:])
         except Broke as broke:
             raise Broke("pickles_in_the_middle", broke.story) from None
-        unequal("pickles_in_the_middle", straight, pickled, "without pickling:")
+        subject.equal("pickles_in_the_middle", straight, pickled, "without pickling:")
 
     subject.search("pickles_in_the_middle", attempt)
 
@@ -174,7 +174,7 @@ def check_policy_clone_starts_empty(subject: Subject) -> None:
             raise Broke("clone_starts_empty", f"the clone of a used {subject.title} has {', '.join(extra)}")
         new = subject.driver(size, codes).run(codes)
         again = subject.driver(size, codes, cloned).run(codes)
-        unequal("clone_starts_empty", new, again, "of a new policy, not a clone of a used one:")
+        subject.equal("clone_starts_empty", new, again, "of a new policy, not a clone of a used one:")
 
     subject.search("clone_starts_empty", attempt)
 
@@ -191,7 +191,7 @@ def check_policy_reset_forgets(subject: Subject) -> None:
         subject.driver(size + 1, codes[::-1], policy, reuse=True).run(codes[::-1])
         again = subject.driver(size, codes, policy, reuse=True).run(codes)
         new = subject.driver(size, codes).run(codes)
-        unequal("reset_forgets", new, again, "of a new policy, not one that was used and reset:")
+        subject.equal("reset_forgets", new, again, "of a new policy, not one that was used and reset:")
 
     subject.search("reset_forgets", attempt)
 
@@ -209,7 +209,7 @@ def check_policy_instances_share_nothing(subject: Subject) -> None:
             one.step(code)
         other.finish()
         one.finish()
-        unequal("instances_share_nothing", alone, one, "with no second policy beside it:")
+        subject.equal("instances_share_nothing", alone, one, "with no second policy beside it:")
 
     subject.search("instances_share_nothing", attempt)
 
@@ -224,7 +224,7 @@ def check_policy_same_input_same_decisions(subject: Subject) -> None:
         for round_ in range(2):
             with _another_world(round_, subject):
                 runs.append(subject.driver(size, codes).run(codes))
-        unequal("same_input_same_decisions", runs[0], runs[1], "the first time:")
+        subject.equal("same_input_same_decisions", runs[0], runs[1], "the first time:")
 
     subject.search("same_input_same_decisions", attempt)
 
@@ -233,10 +233,8 @@ def check_policy_same_input_same_decisions(subject: Subject) -> None:
 def _another_world(number: int, subject: Subject) -> Iterator[None]:
     """Other random numbers, another time on every clock, other addresses in memory."""
     ballast = [object() for _ in range(997 * number)]
-    state, numpy = random.getstate(), sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
     random.seed(number)
-    if numpy:
+    if numpy := sys.modules.get("numpy"):
         numpy.random.seed(number)
     moment = 1e9 * (1 + number)
 
@@ -267,9 +265,6 @@ def _another_world(number: int, subject: Subject) -> Iterator[None]:
         subject.unseeded = False
         for scope, name, value in reversed(replaced):
             scope[name] = value
-        random.setstate(state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
         del ballast
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pagedlab.testing.driver import Driver, unequal
+from pagedlab.testing.driver import Driver
 from pagedlab.testing.drivers.engine import Serving
 from pagedlab.testing.law import law
 from pagedlab.testing.laws.serving import serving_laws
@@ -41,7 +41,7 @@ def check_scheduler_standing_decisions_stand(subject: Subject) -> None:
 
     def attempt(size: int, codes: list[int]) -> None:
         asked = subject.driver(size, codes, watch=_ask_always).run(codes)
-        unequal(
+        subject.equal(
             "standing_decisions_stand",
             asked,
             subject.driver(size, codes).run(codes),
