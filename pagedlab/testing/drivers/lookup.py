@@ -115,6 +115,8 @@ class Index(Driver):
 
     def identified(self, block: Block) -> None:
         """One serial, one content."""
+        if block.serial == GONE:  # it made way for a later block of the same prompt
+            return
         content = self.stands_for[block]
         if self.serials.setdefault(block.serial, content) != content:
             raise self.broke(
