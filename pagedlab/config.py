@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from pagedlab.errors import ConfigError, nearest
 from pagedlab.policies.base import Policy
+from pagedlab.policies.block import DISK, HOST
+from pagedlab.policies.bounds import refuse_future
 from pagedlab.registry import SLOTS, is_registered, make
 
 if TYPE_CHECKING:
@@ -83,6 +85,11 @@ class Config:
     """Tokens a block."""
     host_blocks: int | None = None
     """Blocks of the host tier; None: as many as the device has if a policy uses the host, else none."""
+    disk_blocks: int | None = None
+    """Blocks of the disk tier, below the host's; None: four times the host's if the swap policy uses a disk. Without
+    such a policy there is no disk tier."""
+    disk_path: str | None = None
+    """Folder for the disk tier's file; None: where temporary files go. A simulation has none."""
     max_num_seqs: int = 16
     """Sequences that may run at once."""
     max_num_batched_tokens: int = 512
@@ -100,7 +107,7 @@ class Config:
     """Hold a request back while the next block of its prefix is being computed for another one, so that requests that
     come together share what they have in common."""
     prefetch_budget: int = 64
-    """Blocks that prefetch may move in one step."""
+    """Blocks that prefetch may have under way at once (on a real machine: in one step)."""
     seed: int = 0
     """Seed of requests that bring none."""
     num_threads: int | None = None
@@ -129,7 +136,7 @@ class Config:
             ("seed", 0),
         ):
             _whole(name, getattr(self, name), low)
-        for name, low in (("host_blocks", 0), ("max_model_len", 1), ("num_threads", 1)):
+        for name, low in (("host_blocks", 0), ("disk_blocks", 0), ("max_model_len", 1), ("num_threads", 1)):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), low)
         if not isinstance(self.model, str) or not self.model:
@@ -151,10 +158,21 @@ class Config:
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.null_block and self.num_blocks < 2:
             raise ConfigError("null_block takes one block, so num_blocks must be at least 2")
-        swap = self.policies().swap
+        policies = self.policies()
+        swap, allocator = policies.swap, policies.allocator
+        if policies.eviction.reserves and allocator.contiguous:
+            raise ConfigError(
+                f"eviction={self.policy('eviction')!r} keeps blocks out of others' reach, so "
+                f"allocator={allocator.name or type(allocator).__name__!r} could wait for a run of blocks for ever; "
+                "allowed: an allocator of single blocks, like free-list or fifo"
+            )
         if self.host_blocks == 0 and swap.uses_host:
             raise ConfigError(f"swap={swap.name!r} needs a host tier: host_blocks must be at least 1")
-        make("eviction", swap.host_eviction())
+        if self.disk_blocks == 0 and swap.uses_disk:
+            raise ConfigError(f"swap={swap.name!r} needs a disk tier: disk_blocks must be at least 1")
+        if self.disk_path is not None and (not isinstance(self.disk_path, str) or not self.disk_path):
+            raise ConfigError(f"disk_path must be a folder or None, not {self.disk_path!r}")
+        refuse_future(make("eviction", swap.tier_eviction(tier)) for tier in (HOST, DISK))
 
     def policy(self, slot: str) -> Policy:
         """Return the policy object of a slot, as configured (runs work on clones)."""
@@ -173,6 +191,13 @@ class Config:
             return self.host_blocks
         policies = self.policies()
         return self.num_blocks if policies.swap.uses_host or policies.preemption.wants_host else 0
+
+    @property
+    def num_disk_blocks(self) -> int:
+        """Blocks of the disk tier: 0 unless the swap policy uses one."""
+        if not self.policies().swap.uses_disk:
+            return 0
+        return 4 * self.num_host_blocks if self.disk_blocks is None else self.disk_blocks
 
     @property
     def watermark_blocks(self) -> int:

@@ -30,6 +30,9 @@ BLOCKS_COPIED: Final = "BlocksCopied"
 BLOCKS_LOADED: Final = "BlocksLoaded"
 BLOCKS_SAVED: Final = "BlocksSaved"
 BLOCKS_PREFETCHED: Final = "BlocksPrefetched"
+PREFETCH_ENDED: Final = "PrefetchEnded"
+TIER_FAULT: Final = "TierFault"
+"""A copy to or from a lower tier failed: ``detail`` says how, ``blocks`` names the place in the tier ``medium``."""
 
 
 class Event(NamedTuple):

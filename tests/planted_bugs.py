@@ -14,15 +14,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import test_accounting
 import test_allocators
 import test_cache_machine
+import test_disk_tier
 import test_eviction
 import test_faults
 import test_law5_stub
 import test_lookup
+import test_ordering
+import test_preemption
 import test_reservation
 import test_scheduler
 from strategies import event_rows, says_the_truth, serve
@@ -31,11 +35,15 @@ from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.pool import BlockPool
 from pagedlab.engine.engine import Engine
 from pagedlab.engine.plan import Plan
+from pagedlab.engine.sequence import Sequence
+from pagedlab.executors.disk import BlockFile, Spoils
 from pagedlab.policies import LFU, LRU, ChainedHash, RadixTree
-from pagedlab.policies.allocator import FirstFit
+from pagedlab.policies.allocator import Buddy, FirstFit
 from pagedlab.policies.eviction import Eviction
+from pagedlab.policies.fair import Fair
 from pagedlab.policies.lookup import Prefix
 from pagedlab.policies.reservation import Pow2
+from pagedlab.policies.swap import DiskTier
 
 
 def inner(test: Any) -> Callable[..., None]:
@@ -50,6 +58,12 @@ def walks() -> None:
     """Laws 1 to 3 on the cache alone, with a shadow of its content."""
     for seed in range(40):
         test_cache_machine.random_walk(seed, steps=100)
+
+
+def disk_walks() -> None:
+    """The same with small tiers above a disk."""
+    for seed in range(40):
+        test_cache_machine.random_walk(seed, steps=100, disk=True)
 
 
 def outputs() -> None:
@@ -82,6 +96,20 @@ def arrivals() -> None:
     engine = serve(scenario)
     leader = engine.groups["late"].sequences[0]
     assert leader.admitted_at == leader.group.arrival
+
+
+def disk_file() -> None:
+    """What is wrong in the file is noticed."""
+    for check in (
+        test_disk_tier.test_slots_hold_what_was_stored_last,
+        test_disk_tier.test_every_flipped_bit_is_noticed,
+        test_disk_tier.test_a_truncated_file_is_noticed,
+        test_disk_tier.test_a_slot_in_another_ones_place_is_noticed,
+    ):
+        with TemporaryDirectory() as folder:
+            file = BlockFile(4, 1000, folder)
+            check(file)
+            file.close()
 
 
 def tenants() -> None:
@@ -138,6 +166,7 @@ def accounting() -> None:
 
 CHECKS: dict[str, Callable[[], Any]] = {
     "walks": walks,
+    "disk walks": disk_walks,
     "outputs": outputs,
     "standing": standing,
     "arrivals": arrivals,
@@ -151,12 +180,23 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "short cuts": partial(test_eviction.test_short_cuts_do_what_they_stand_for, "lru"),
     "lru in use": partial(test_eviction.test_a_block_in_use_is_never_named, "lru"),
     "lfu in use": partial(test_eviction.test_a_block_in_use_is_never_named, "lfu"),
+    "disk faults": test_disk_tier.test_the_planted_faults_are_survived,
+    "spoiled host block": test_disk_tier.test_who_lies_in_a_spoiled_host_block_starts_over,
+    "disk file": disk_file,
+    "second use": test_disk_tier.test_on_second_use_takes_what_was_hit_or_comes_again,
+    "what remains to be copied": test_disk_tier.test_what_is_written_through_lies_below_as_soon_as_it_is_stored,
+    "spoils": test_disk_tier.test_spoils_follow_the_moves,
     "doubt in every tier": test_cache_machine.test_doubt_reaches_every_tier,
     "seats": test_scheduler.test_samples_to_come_take_a_seat,
     "radix": test_lookup.test_radix_goes_into_the_middle_of_a_block_and_takes_the_longest_way,
     "first-fit": first_fit,
     "reservations": reservations,
     "cancelled arrivals": test_faults.test_nobody_waits_for_the_arrival_of_a_cancelled_request,
+    "buddies": test_allocators.test_buddies_split_and_merge,
+    "weights": test_ordering.test_weights_count,
+    "credit": test_ordering.test_being_away_earns_nothing,
+    "charges": test_ordering.test_a_preempted_request_is_charged_once,
+    "shared": test_preemption.test_what_is_shared_is_counted_in_whole_cached_blocks,
     "longest request": test_faults.test_the_longest_that_fits_is_not_refused,
     "faults": test_faults.test_faults_really_hit_moves_and_batches,
 }
@@ -351,8 +391,8 @@ BUGS = [
         "the host's copy of a doubtful block stays",
         KVCache,
         "distrust",
-        "[block, self.lookup.copy_in(block, HOST)]",
-        "[block]",
+        "*(self.lookup.copy_in(block, pool.tier) for pool in self.pools[1:])",
+        "",
         "doubt in every tier",
     ),
     Bug(
@@ -378,6 +418,95 @@ BUGS = [
         "self.lookup.forget_all(blocks)",
         "pass",
         "walks",
+    ),
+    Bug(
+        "what the host gave up can still be found",
+        KVCache,
+        "_lower_evicted",
+        "self.lookup.forget_all(blocks)",
+        "pass",
+        "disk walks",
+    ),
+    Bug(
+        "what comes up from the disk is taken for the host's",
+        KVCache,
+        "_load",
+        "Move(source.tier, ",
+        "Move(1, ",
+        "disk walks",
+    ),
+    Bug(
+        "what is being loaded from the disk is not pinned",
+        KVCache,
+        "admit",
+        "pool.share(here)",
+        "pool.tier == 2 or pool.share(here)",
+        "disk walks",
+    ),
+    Bug(
+        "a copy that failed can still be found",
+        Engine,
+        "_suffer",
+        "self.cache.spoiled(damage.spoiled)",
+        "{self.cache.pools[t].blocks[i] for t, i in damage.spoiled}",
+        "disk faults",
+    ),
+    Bug(
+        "who was given a spoiled block goes on",
+        Engine,
+        "_suffer",
+        "for seq in reversed(self.running)",
+        "for seq in ()",
+        "disk faults",
+    ),
+    Bug(
+        "a spoiled block is swapped out as if it were whole",
+        Engine,
+        "_suffer",
+        "self.cache.release(seq.table)",
+        "pass",
+        "spoiled host block",
+    ),
+    Bug(
+        "what is copied on from a spoiled block is trusted",
+        Spoils,
+        "passed_on",
+        "self._spoiled.add((move.dst_tier, move.dst))",
+        "pass",
+        "spoils",
+    ),
+    Bug("a flipped bit is overlooked", BlockFile, "load", 'raise SlotFault("damaged")', "pass", "disk file"),
+    Bug(
+        "a short read is taken for whole",
+        BlockFile,
+        "load",
+        'raise SlotFault("truncated")',
+        "pass",
+        "disk file",
+    ),
+    Bug(
+        "keys given up once are remembered for ever",
+        DiskTier,
+        "store",
+        "len(once) > self._capacities[tier]",
+        "False",
+        "second use",
+    ),
+    Bug(
+        "what the last step stored through is never copied",
+        Engine,
+        "step",
+        "self._finish_moves()",
+        "self.cache.moves.clear()",
+        "what remains to be copied",
+    ),
+    Bug(
+        "what could not be read is tried again",
+        Spoils,
+        "failed",
+        "self._spoiled.add((move.src_tier, move.src))",
+        "pass",
+        "disk faults",
     ),
     Bug("sharing is not unsaved", BlockPool, "drop", "self.saved_tokens -= block.fill", "pass", "walks"),
     Bug(
@@ -433,9 +562,58 @@ BUGS = [
         "the longest request that fits is refused",
         Engine,
         "_check_fits",
-        "needed > self.cache.device.capacity",
-        "needed >= self.cache.device.capacity",
+        "needed > available",
+        "needed >= available",
         "longest request",
     ),
     Bug("samples to come take no seat", Plan, "seats", " - engine.promised_seats", "", "seats"),
+    Bug(
+        "who is preempted makes room for newcomers",
+        Plan,
+        "grant",
+        "not self.lost",
+        "seq not in self.lost",
+        "standing",
+    ),
+    Bug(
+        "buddies merge to the wrong side",
+        Buddy,
+        "free",
+        "start, order = min(start, buddy), order + 1",
+        "start, order = max(start, buddy), order + 1",
+        "buddies",
+    ),
+    Bug(
+        "a buddy is split and the rest is lost",
+        Buddy,
+        "allocate",
+        "self._put(start + n, end)",
+        "pass",
+        "buddies",
+    ),
+    Bug(
+        "generated tokens cost a tenant nothing",
+        Fair,
+        "_count_outputs",
+        "served.account.outputs += output - served.counted",
+        "pass",
+        "weights",
+    ),
+    Bug("being away earns credit", Fair, "_lift", "account.lift +=", "_ =", "credit"),
+    Bug(
+        "a preempted request is charged again",
+        Fair,
+        "_charge",
+        "if sequence.request_id not in self._served:",
+        "if True:",
+        "charges",
+    ),
+    Bug(
+        "what is shared counts as lost",
+        Sequence,
+        "num_shared",
+        "shared += block.fill",
+        "shared += 0",
+        "shared",
+    ),
 ]

@@ -21,14 +21,23 @@ from pagedlab.config import Config
 from pagedlab.engine.clock import StepClock
 from pagedlab.engine.engine import Engine
 from pagedlab.engine.orders import Executor
-from pagedlab.engine.request import Hints, Request, SamplingParams
+from pagedlab.engine.request import Request
 from pagedlab.engine.sequence import Sequence
 from pagedlab.executors.stub import StubExecutor
-from pagedlab.policies.base import Parameter, Policy
 from pagedlab.policies.eviction import Eviction
 from pagedlab.policies.kernel import Kernel
 from pagedlab.policies.layout import Layout
-from pagedlab.registry import SLOTS, lookup_class, policy_names
+from pagedlab.registry import SLOTS, policy_names
+from pagedlab.testing.strategies import (  # noqa: F401
+    VOCAB,
+    block_tables,
+    configs,
+    parameter_values,
+    policies,
+    request_streams,
+    servable,
+    token_lists,
+)
 
 ENDLESS = 20_000
 """Steps after which a run of these small requests is taken for endless."""
@@ -62,117 +71,6 @@ def registry_restored() -> Iterator[None]:
             registry._classes[slot].clear()
             registry._classes[slot].update(names)
         registry._entry_points = points
-
-
-# ---- policies and configurations ---------------------------------------------------------------------------------
-
-
-def servable(slot: str) -> list[str]:
-    """Names of a slot that can run without knowing the future."""
-    return [n for n in policy_names(slot) if not getattr(lookup_class(slot, n), "needs_future", False)]
-
-
-def parameter_values(parameter: Parameter) -> st.SearchStrategy[Any]:
-    """Values that a declared parameter allows, near the small end of its range."""
-    if parameter.choices is not None:
-        return st.sampled_from(parameter.choices)
-    if parameter.type is bool:
-        return st.booleans()
-    if parameter.type is int and parameter.low is not None:
-        low = int(parameter.low)
-        high = low + 8 if parameter.high is None else min(int(parameter.high), low + 8)
-        return st.just(parameter.default) | st.integers(low, high)
-    if parameter.type is float and parameter.low is not None and parameter.high is not None:
-        return st.just(parameter.default) | st.floats(parameter.low, parameter.high, allow_nan=False)
-    if parameter.name in SLOTS and parameter.type is str:
-        return st.sampled_from(servable(parameter.name))
-    return st.just(parameter.default)
-
-
-@st.composite
-def policies(draw: st.DrawFn, slot: str, names: tuple[str, ...] | None = None) -> Policy:
-    """Any policy of a slot, with any parameters."""
-    cls = lookup_class(slot, draw(st.sampled_from(names or servable(slot))))
-    return cls.from_params({p.name: draw(parameter_values(p)) for p in cls.params()})
-
-
-@st.composite
-def configs(draw: st.DrawFn, **fixed: Any) -> Config:
-    """Any configuration: all ten slots and all sizes."""
-    values: dict[str, Any] = {slot: draw(policies(slot)) for slot in SLOTS}
-    values.update(
-        model=draw(st.sampled_from(("tiny", "some/model", "ordner/mit ü"))),
-        dtype=draw(st.sampled_from(("auto", "float32", "bfloat16", "float16", "float64"))),
-        num_blocks=draw(st.integers(2, 10_000)),
-        block_size=draw(st.integers(1, 256)),
-        host_blocks=draw(st.none() | st.integers(1, 10_000)),
-        max_num_seqs=draw(st.integers(1, 1024)),
-        max_num_batched_tokens=draw(st.integers(1, 100_000)),
-        max_model_len=draw(st.none() | st.integers(1, 1_000_000)),
-        watermark=draw(st.floats(0, 1, exclude_max=True)),
-        null_block=draw(st.booleans()),
-        prefetch_budget=draw(st.integers(1, 1000)),
-        seed=draw(st.integers(0, 2**63 - 1)),
-        num_threads=draw(st.none() | st.integers(1, 64)),
-        device=draw(st.sampled_from(("cpu", "cuda", "cuda:1"))),
-    )
-    return Config(**{**values, **fixed})
-
-
-# ---- tokens, tables, requests ------------------------------------------------------------------------------------
-
-VOCAB = 4
-"""So few tokens that prefixes are shared by accident too, and that outputs meet prompts."""
-
-
-def token_lists(low: int = 1, high: int = 28, vocab: int = VOCAB) -> st.SearchStrategy[list[int]]:
-    """Prompts."""
-    return st.lists(st.integers(0, vocab - 1), min_size=low, max_size=high)
-
-
-@st.composite
-def block_tables(draw: st.DrawFn, max_tables: int = 6, max_blocks: int = 12) -> list[list[int]]:
-    """Block tables as lists of physical numbers; tables may share blocks, a table never holds one twice."""
-    numbers = st.integers(0, 2 * max_blocks - 1)
-    return draw(
-        st.lists(st.lists(numbers, unique=True, max_size=max_blocks), min_size=1, max_size=max_tables)
-    )
-
-
-@st.composite
-def request_streams(
-    draw: st.DrawFn,
-    *,
-    max_requests: int = 8,
-    max_prompt: int = 28,
-    max_output: int = 18,
-    max_samples: int = 3,
-    vocab: int = VOCAB,
-    block_size: int = 4,
-) -> list[Request]:
-    """Requests that share prefixes (also ones that end inside a block), with salts, priorities, arrivals, samples."""
-    bases = draw(st.lists(token_lists(1, max_prompt, vocab), min_size=1, max_size=3))
-    requests = []
-    for i in range(draw(st.integers(1, max_requests))):
-        base = draw(st.sampled_from(bases))
-        keep = draw(st.just(len(base)) | st.integers(1, len(base)))
-        prompt = (base[:keep] + draw(token_lists(0, block_size + 2, vocab)))[: max_prompt + 6]
-        max_tokens = draw(st.integers(1, max_output))
-        requests.append(
-            Request(
-                request_id=str(i),
-                prompt=prompt,
-                arrival=float(draw(st.sampled_from((0, 0, 0, 1, 3, 9, 30)))),
-                priority=draw(st.integers(0, 2)),
-                salt=draw(st.sampled_from((None, None, None, "a", "b"))),
-                session=draw(st.sampled_from((None, "s", "t"))),
-                sampling=SamplingParams(
-                    max_tokens=max_tokens, n=draw(st.sampled_from((1, 1, 1, 1, 2, max_samples)))
-                ),
-                hints=Hints(output_len=draw(st.sampled_from((None, max_tokens, max(1, max_tokens // 2), 1)))),
-            )
-        )
-    return requests
 
 
 def blocks_for_longest(requests: list[Request], block_size: int) -> int:
@@ -230,6 +128,7 @@ def scenarios(
         null_block=null_block,
         block_size=block_size,
         host_blocks=draw(st.sampled_from((None, None, max(1, num_blocks // 2), 4 * num_blocks))),
+        disk_blocks=draw(st.sampled_from((None, None, 1, max(1, num_blocks // 2)))),
         max_num_seqs=draw(st.sampled_from((3, 4, 8))),
         max_num_batched_tokens=draw(st.sampled_from((1, 3, 7, 64))),
         max_model_len=max_model_len,
@@ -285,8 +184,8 @@ def ended(engine: Engine) -> None:
     """Law 1 and 7 at the end of all work."""
     engine.check()
     assert not engine.has_work
-    for pool in (engine.cache.device, engine.cache.host):
-        assert pool is None or pool.num_in_use == 0, "law 1: blocks are in use after all requests ended"
+    for pool in engine.cache.pools:
+        assert pool.num_in_use == 0, "law 1: blocks are in use after all requests ended"
     assert not engine.cache.moves
     for group in engine.groups.values():
         for seq in group.sequences:
@@ -335,12 +234,12 @@ def mechanisms(engine: Engine) -> Counter[str]:
         elif event.kind == ev.REQUEST_RESUMED:
             seen[f"resumed by {event.detail}"] += 1
         elif event.kind == ev.BLOCKS_LOADED and event.detail != "resumed":
-            seen["prefix loaded from host"] += 1
+            seen[f"prefix loaded from {event.medium}"] += 1
         elif event.kind == ev.PREFIX_HIT:
             seen["prefix hit"] += 1
             seen["partial hit"] += int(event.detail.split()[0]) % size != 0
-        elif event.kind == ev.BLOCK_STORED and event.medium == "host":
-            seen["kept on host"] += 1
+        elif event.kind == ev.BLOCK_STORED and event.medium != "device":
+            seen[f"kept on {event.medium}"] += 1
         else:
             seen[event.kind] += 1
     seen["prefetch useful"] = engine.totals.prefetch["useful"]

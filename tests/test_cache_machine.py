@@ -26,8 +26,9 @@ from strategies import VOCAB, Spy, examples, policies, servable, token_lists
 
 from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.table import BlockTable
-from pagedlab.policies.block import DEVICE, HOST
+from pagedlab.policies.block import DEVICE, DISK, HOST
 from pagedlab.policies.lookup import Lookup, Match, Prefix
+from pagedlab.policies.swap import ADMISSIONS
 from pagedlab.registry import make
 
 SALTS = (None, "a", "b")
@@ -93,12 +94,14 @@ class CacheMachine(RuleBasedStateMachine):
         block_size=st.sampled_from((4, 2, 3, 1)),
         num_blocks=st.sampled_from((9, 6, 4, 14, 2)),
         host_blocks=st.sampled_from((6, 0, 2, 20)),
+        disk_blocks=st.sampled_from((4, 0, 1, 20)),
         null_block=st.booleans(),
         allocator=policies("allocator"),
         eviction=policies("eviction"),
         lookup=st.sampled_from(("chained-hash", "radix", *servable("lookup"))),
         host_eviction=policies("eviction"),
-        swap=st.just(make("swap", "host")) | policies("swap"),
+        disk_eviction=policies("eviction"),
+        swap=st.just(make("swap", "host")) | st.just(make("swap", "disk")) | policies("swap"),
         prompts=st.lists(token_lists(6, 16), min_size=2, max_size=3),
     )
     def start(
@@ -106,11 +109,13 @@ class CacheMachine(RuleBasedStateMachine):
         block_size: int,
         num_blocks: int,
         host_blocks: int,
+        disk_blocks: int,
         null_block: bool,
         allocator: Any,
         eviction: Any,
         lookup: str,
         host_eviction: Any,
+        disk_eviction: Any,
         swap: Any,
         prompts: list[list[int]],
     ) -> None:
@@ -118,6 +123,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.spies = {DEVICE: Spy(inner=eviction)}
         if host_blocks:
             self.spies[HOST] = Spy(inner=host_eviction)
+        if not host_blocks or not swap.uses_disk:
+            disk_blocks = 0
+        if disk_blocks:
+            self.spies[DISK] = Spy(inner=disk_eviction)
         self.fates: Counter[str] = Counter()
         self.cache = KVCache(
             num_blocks=num_blocks + null_block,
@@ -127,16 +136,15 @@ class CacheMachine(RuleBasedStateMachine):
             eviction=self.spies[DEVICE],
             swap=swap if host_blocks else make("swap", "drop"),  # type: ignore[arg-type]
             host_blocks=host_blocks,
+            disk_blocks=disk_blocks,
             null_block=null_block,
             on_prefetch_fate=lambda block, fate: self.fates.update([fate]),
         )
-        if self.cache.host is not None:
-            self.cache.host.eviction = self.spies[HOST]
-            self.spies[HOST].reset(capacity=host_blocks)
-        self.shadow = {
-            tier: [[None] * block_size for _ in range(n)]
-            for tier, n in ((DEVICE, num_blocks + null_block), (HOST, host_blocks))
-        }
+        for pool in self.cache.pools[1:]:
+            pool.eviction = self.spies[pool.tier]
+            pool.eviction.reset(capacity=pool.capacity)
+        sizes = (DEVICE, num_blocks + null_block), (HOST, host_blocks), (DISK, disk_blocks)
+        self.shadow = {tier: [[None] * block_size for _ in range(n)] for tier, n in sizes}
         self.null_block = null_block
         self.held: list[Held] = []
         self.serials: dict[int, Content] = {}
@@ -264,7 +272,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert held.table.num_tokens == match.num_tokens
         assert len(held.table.blocks) * self.cache.block_size >= match.num_tokens + 1 + claim
         self.reached["partial match"] += match.partial is not None
-        self.reached["loaded from host"] += any(b.tier for b in match.blocks)
+        self.reached["loaded from host"] += any(b.tier == HOST for b in match.blocks)
+        self.reached["loaded from disk"] += any(b.tier == DISK for b in match.blocks)
         self.observed_once(held, match, logs)
         if then != "nothing":
             self.step([(held, len(held.tokens) - held.table.num_tokens)])
@@ -418,13 +427,20 @@ class CacheMachine(RuleBasedStateMachine):
         pool = pick.choice(self.cache.pools)
         findable = [b for b in pool.blocks if b.key is not None]
         block = pick.choice(findable or pool.blocks)
-        evicted = sum(what == "remove" for what, _ in self.spies[DEVICE].log)
+        evict = block.index % 2 == 0
+        removals = [what for what, _ in self.spies[DEVICE].log].count("remove")
+        free = self.cache.device.num_free
         orphans = sum(e.detail == "orphan" for e in self.cache.events)
         before = self.state()
-        done = self.cache.prefetch(block)
-        self.unless(done, before, "prefetch")
-        removed = sum(what == "remove" for what, _ in self.spies[DEVICE].log) - evicted
-        assert removed == sum(e.detail == "orphan" for e in self.cache.events) - orphans, "a prefetch evicted"
+        done = self.cache.prefetch(block, evict=evict)
+        self.unless(done is not None, before, "prefetch")
+        removed = [what for what, _ in self.spies[DEVICE].log].count("remove") - removals
+        displaced = sum(e.detail == "orphan" for e in self.cache.events) - orphans
+        assert removed == displaced + (done is not None and not free), (
+            "a prefetch evicts one block, if none is free"
+        )
+        assert evict or free or done is None
+        self.reached["prefetch in another's place"] += done is not None and not free
 
     @precondition(lambda self: self.running())
     @rule(pick=PICK, really=st.sampled_from((False, False, False, True)))
@@ -438,6 +454,19 @@ class CacheMachine(RuleBasedStateMachine):
         self.reached["distrust"] += 1
         left = {b.serial for pool in self.cache.pools for b in pool.blocks if b.key is not None}
         assert not serials & left
+
+    @precondition(lambda self: len(self.cache.pools) > 1)
+    @rule(pick=PICK, really=st.sampled_from((False, False, True)))
+    def spoil(self, pick: Random, really: bool) -> None:
+        """A copy in a lower tier turns out to be lost: its place is found by nobody, other copies still are."""
+        if not really:
+            return
+        pool = pick.choice(self.cache.pools[1:])
+        block = pick.choice(pool.blocks)
+        others = {b for p in self.cache.pools for b in p.blocks if b.key is not None and b is not block}
+        assert self.cache.spoiled({(block.tier, block.index)}) == {block}
+        self.reached["spoil"] += 1
+        assert {b for p in self.cache.pools for b in p.blocks if b.key is not None} == others
 
     @precondition(lambda self: self.held)
     @rule(really=st.sampled_from((False, False, False, True)))
@@ -456,7 +485,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         self.cache.check([h.table for h in self.held])
         for tier, spy in self.spies.items():
-            spy.agrees_with(self.cache.host if tier else self.cache.device)
+            spy.agrees_with(self.cache.pools[tier])
         if self.null_block:
             assert self.cache.device.blocks[0].ref_count == 0
             assert self.cache.device.blocks[0].key is None
@@ -499,6 +528,8 @@ class CacheMachine(RuleBasedStateMachine):
             return
         for kind in {e.detail for e in self.cache.events if e.kind == "BlockRemoved"}:
             self.reached[f"removed: {kind or 'evicted'}"] += 1
+        for medium in {e.medium for e in self.cache.events if e.kind == "BlockStored"}:
+            self.reached[f"stored: {medium}"] += 1
         for held in list(self.held):
             self.cache.release(held.table)
         self.held = []
@@ -524,39 +555,54 @@ WANTED = (
     "no room: swap in",
     "prefetch",
     "no room: prefetch",
+    "prefetch in another's place",
     "partial match",
     "loaded from host",
+    "loaded from disk",
+    "stored: disk",
     "distrust",
+    "spoil",
     "clear",
     "removed: evicted",
     "removed: orphan",
 )
 
 
-def random_walk(seed: int, steps: int = 120) -> CacheMachine:
-    """A longer walk than Hypothesis takes, with likely operations more often. It cannot shrink, but it goes deep."""
+def random_walk(seed: int, steps: int = 120, *, disk: bool = False) -> CacheMachine:
+    """A longer walk than Hypothesis takes, with likely operations more often. It cannot shrink, but it goes deep.
+
+    ``disk`` leads down to the disk and up again: the tiers above are small.
+    """
     pick = Random(seed)
     # Most policies give up children before parents; one that does not leaves orphans.
     evictions = [name for other in servable("eviction") for name in (other, "fifo")]
     machine = CacheMachine()
-    host_blocks = pick.choice((0, 2, 6, 20))
+    host_blocks, disk_blocks = pick.choice((0, 2, 6, 20)), pick.choice((1, 3, 20))
+    swap, lookups = make("swap", pick.choice(servable("swap"))), servable("lookup")
+    if disk:
+        lookups = ["chained-hash", "chained-hash", "radix"]
+        host_blocks, swap = pick.randint(1, 3), make("swap", "disk", admission=pick.choice(ADMISSIONS))
     machine.start(
         block_size=pick.choice((1, 2, 3, 4)),
-        num_blocks=pick.randint(3, 14),
+        num_blocks=pick.randint(3, 7 if disk else 14),
         host_blocks=host_blocks,
+        disk_blocks=disk_blocks,
         null_block=pick.random() < 0.2,
         allocator=make("allocator", pick.choice(servable("allocator"))),
         eviction=make("eviction", pick.choice(evictions)),
-        lookup=pick.choice(servable("lookup")),
+        lookup=pick.choice(lookups),
         host_eviction=make("eviction", pick.choice(evictions)),
-        swap=make("swap", pick.choice(servable("swap"))),
-        prompts=[[pick.randrange(VOCAB) for _ in range(pick.randint(2, 16))] for _ in range(3)],
+        disk_eviction=make("eviction", pick.choice(evictions)),
+        swap=swap,
+        prompts=[
+            [pick.randrange(VOCAB) for _ in range(pick.randint(2, 16))] for _ in range(1 if disk else 3)
+        ],
     )
     rules = (
         ["admit"] * 6 + ["compute"] * 8 + ["release"] * 3 + ["swap_out", "fork"] + ["swap_in", "prefetch"] * 2
     )
     for _ in range(steps):
-        name = pick.choice(rules) if pick.random() > 0.02 else pick.choice(("clear", "distrust"))
+        name = pick.choice(rules) if pick.random() > 0.03 else pick.choice(("clear", "distrust", "spoil"))
         if pick.random() < 0.3:
             machine.carry_out_moves()
         ready = {
@@ -569,6 +615,7 @@ def random_walk(seed: int, steps: int = 120) -> CacheMachine:
             "prefetch": host_blocks,
             "clear": machine.held,
             "distrust": machine.running(),
+            "spoil": host_blocks,
         }
         if not ready[name]:
             continue
@@ -590,6 +637,8 @@ def random_walk(seed: int, steps: int = 120) -> CacheMachine:
             machine.swap_in(pick=pick, claim=pick.randint(0, 6), spare=pick.choice((0, 0, 1)))
         elif name == "distrust":
             machine.distrust(pick=pick, really=True)
+        elif name == "spoil":
+            machine.spoil(pick=pick, really=True)
         elif name == "clear":
             machine.clear(really=True)
         else:
@@ -606,6 +655,8 @@ def test_long_walks_reach_everything() -> None:
     CacheMachine.reached = Counter()
     for seed in range(examples(0.8)):
         random_walk(seed)
+        random_walk(seed, disk=True)
+    test_an_evicted_orphan_takes_the_place_of_what_is_being_loaded()  # rare on a walk
     missing = [what for what in WANTED if not CacheMachine.reached[what]]
     assert not missing, f"never met: {missing} among {dict(CacheMachine.reached)}"
 
@@ -616,11 +667,13 @@ def small_machine() -> CacheMachine:
         block_size=1,
         num_blocks=3,
         host_blocks=4,
+        disk_blocks=0,
         null_block=False,
         allocator=make("allocator", "fifo"),
         eviction=make("eviction", "lru"),
         lookup="chained-hash",
         host_eviction=make("eviction", "lru"),
+        disk_eviction=make("eviction", "lru"),
         swap=make("swap", "host"),
         prompts=[],
     )

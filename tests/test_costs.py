@@ -210,7 +210,7 @@ def test_transfers_take_latency_and_bandwidth() -> None:
     assert (
         Calibrated(host_gb_per_s=10.0, host_latency_us=5.0).transfer_ps(10**10, "host") == 10**12 + 5 * 10**6
     )
-    with pytest.raises(ConfigError, match="known: host; did you mean 'host'"):
+    with pytest.raises(ConfigError, match="known: host, disk-read, disk-write; did you mean 'host'"):
         one.transfer_ps(1, "hots")
 
 

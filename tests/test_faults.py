@@ -316,7 +316,7 @@ def test_bad_logits_end_one_request_alone_and_its_blocks_are_found_by_nobody(
     requests = [
         request("sick", prompt=same),
         request("twin", prompt=[*same, 1], arrival=12.0),
-        request("other", arrival=1.0),
+        request("other", prompt=[20, 21, 22, 23, 24, 25], arrival=1.0),
     ]
     executor = Broken({0: at})
     engine = engine_with(requests, executor, lookup=lookup, swap=swap, max_num_batched_tokens=5)

@@ -24,7 +24,7 @@ from pagedlab.errors import ConfigError, PagedLabError, ResultsError
 from pagedlab.executors.stub import StubExecutor
 from pagedlab.lab import page, plots
 from pagedlab.lab import saved as saved_module
-from pagedlab.lab.measures import MEMORY_KINDS
+from pagedlab.lab.measures import LINKS, MEMORY_KINDS
 
 SMALL = {"num_blocks": 96, "block_size": 16}
 
@@ -506,7 +506,7 @@ def test_a_run_of_an_older_format_lacks_only_what_it_never_knew(tmp_path: Path) 
     aged(tmp_path / "run", 1)
     old = pl.load_run(tmp_path / "run")
     late = saved_module._later_than(1)
-    assert set(late["steps"]) == {"blocks_to_host", "blocks_to_device", "blocks_copied", "recomputed_tokens"}
+    assert set(late["steps"]) == {*(f"blocks_{link}" for link in LINKS), "recomputed_tokens"}
     for name in late["steps"]:
         assert old.columns("steps")[name] == [None] * len(run.steps)
     summary = run.summary() | dict.fromkeys(late["totals"])

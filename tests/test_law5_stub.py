@@ -86,7 +86,9 @@ def test_the_order_of_submission_does_not_matter_for_what_is_said(scenario: Scen
 WANTED = (
     "evicted from device",
     "evicted from host",
+    "evicted from disk",
     "kept on host",
+    "kept on disk",
     "preempted by recompute",
     "preempted by swap",
     "resumed by recompute",
@@ -94,6 +96,7 @@ WANTED = (
     "prefix hit",
     "partial hit",
     "prefix loaded from host",
+    "prefix loaded from disk",
     "prefetch useful",
     "prefetch useless",
     ev.BLOCKS_COPIED,
@@ -127,13 +130,13 @@ def test_the_examples_are_not_vacuous() -> None:
     fixed(given(scenarios())(count))()
     narrow = {
         "lookup": ("chained-hash", "radix"),
-        "swap": ("host",),
+        "swap": ("host", "disk"),
         "preemption": ("swap",),
         "prefetch": ("queue-lookahead",),
         "reservation": ("on-demand",),
     }
     fixed(given(scenarios(choose=narrow))(count))()
-    for scenario in (conversation(), orphans()):
+    for scenario in (conversation(), conversation(swap="disk", host_blocks=8), orphans()):
         count(scenario)
     missing = [what for what in WANTED if not seen[what]]
     assert not missing, f"never met: {missing} among {dict(seen)}"
@@ -146,7 +149,7 @@ def test_the_examples_are_not_vacuous() -> None:
         assert used[slot] == set(servable(slot))
 
 
-def conversation(lookup: str = "radix") -> Scenario:
+def conversation(lookup: str = "radix", swap: str = "host", **sizes: int) -> Scenario:
     """Turns of several conversations that push each other out of a small device tier."""
     turns = []
     for turn in range(4):
@@ -166,14 +169,14 @@ def conversation(lookup: str = "radix") -> Scenario:
     config = Config(
         num_blocks=16,
         block_size=2,
-        host_blocks=24,
         lookup=lookup,
-        swap="host",
+        swap=swap,
         preemption="swap",
         prefetch="queue-lookahead",
         max_num_seqs=3,
         max_num_batched_tokens=16,
         max_model_len=64,
+        **{"host_blocks": 24, **sizes},
     )
     return Scenario(config, turns)
 

@@ -20,6 +20,7 @@ from pagedlab.lab import measures, plots
 from pagedlab.lab.job import Job
 from pagedlab.lab.measures import MEMORY_KINDS
 from pagedlab.lab.results import COLUMNS, Run
+from pagedlab.policies.prefetch import FATES
 
 QUANTILES = (50, 90, 95, 99)
 
@@ -184,8 +185,10 @@ def big_tables(num_steps: int, num_requests: int) -> tuple[dict[str, Any], dict[
             "steps": [output] * num_requests,
         },
     }
-    totals = dict.fromkeys(("hit_tokens", "recomputed_tokens", "preemptions", "swapped_out"), 0)
-    totals |= {f"prefetch_{fate}": 0 for fate in ("done", "useful", "useless", "refused")}
+    totals = dict.fromkeys(
+        ("hit_tokens", "recomputed_tokens", "preemptions", "swapped_out", "tier_faults"), 0
+    )
+    totals |= {f"prefetch_{fate}": 0 for fate in FATES}
     totals |= {f"blocks_{link}": 7 for link in measures.LINKS}
     totals["prompt_tokens"] = 1
     return columns, {"totals": totals, "used": dict.fromkeys(("kernel", "layout", "dtype"))}

@@ -15,7 +15,7 @@ import transformers
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from pagedlab.engine.orders import DEVICE, HOST, Move, SequenceStep, StepOrders
+from pagedlab.engine.orders import DEVICE, DISK, HOST, Move, SequenceStep, StepOrders
 from pagedlab.engine.request import SamplingParams
 from pagedlab.errors import ConfigError, InvariantBroken, ModelNotServed
 from pagedlab.executors.model import ModelExecutor
@@ -338,18 +338,22 @@ def test_a_sequence_whose_blocks_were_swapped_out_and_in_goes_on_as_before():
 
 
 def test_moves_are_done_in_order_whatever_they_touch():
-    executor = ready()
+    executor = ready(disk_blocks=5)
     rng = random.Random(0)
-    sizes = {DEVICE: 12, HOST: 6}
+    sizes = {DEVICE: 12, HOST: 6, DISK: 5}
     for tier in (DEVICE, HOST):
         for cache in executor._tiers[tier]:
             for block in range(sizes[tier]):
                 cache[block] = 100 * tier + block
     shadow = {(tier, block): 100 * tier + block for tier, n in sizes.items() for block in range(n)}
+    executor.move(deque(Move(HOST, i, DISK, i) for i in range(5)))
+    shadow |= {(DISK, i): shadow[HOST, i] for i in range(5)}
     for _ in range(30):
         moves = deque()
         for _ in range(rng.randint(1, 12)):
-            tiers = rng.choice([(DEVICE, DEVICE), (DEVICE, HOST), (HOST, DEVICE)])
+            tiers = rng.choice(
+                [(DEVICE, DEVICE), (DEVICE, HOST), (HOST, DEVICE), (HOST, DISK), (DISK, DEVICE)]
+            )
             moves.append(
                 Move(tiers[0], rng.randrange(sizes[tiers[0]]), tiers[1], rng.randrange(sizes[tiers[1]]))
             )
@@ -358,7 +362,14 @@ def test_moves_are_done_in_order_whatever_they_touch():
         executor.move(moves)
         assert not moves
         for (tier, block), value in shadow.items():
+            if tier == DISK:
+                executor.disk.load(block)
+                held = torch.frombuffer(executor.disk.staging, dtype=executor.loaded.dtype)
+                assert (held == value).all()
+                continue
             assert all((cache[block] == value).all() for cache in executor._tiers[tier])
+    assert executor.take_damage() is None
+    executor.release()
 
 
 def test_a_move_to_nowhere_is_named_and_stays_in_the_queue():
@@ -458,13 +469,15 @@ def test_rows_of_waiting_sequences_are_taken_when_none_is_free():
 
 def test_sizes_are_checked():
     executor = executor_for(build("Llama"))
-    good = {"num_blocks": 4, "block_size": 4, "host_blocks": 0, "max_num_seqs": 1}
+    good = {"num_blocks": 4, "block_size": 4, "host_blocks": 0, "max_num_seqs": 1, "disk_blocks": 0}
     for name in good:
         with pytest.raises(ConfigError, match=name):
             executor.prepare(**{**good, name: -1})
     with pytest.raises(ConfigError, match="GiB"):
         executor.prepare(num_blocks=1 << 40, block_size=16, host_blocks=0, max_num_seqs=1)
     executor.prepare(**good)
+    with pytest.raises(ConfigError, match="disk_path"):
+        executor.prepare(**{**good, "disk_blocks": 2, "disk_path": "/nowhere/at/all"})
     with pytest.raises(ConfigError, match="num_threads"):
         executor_for(build("Llama"), num_threads=0)
 

@@ -240,3 +240,24 @@ def test_a_standing_decision_equals_walking_where_not_all_can_run() -> None:
         budget = scenario.config.max_num_batched_tokens
         starved += one.totals.preemptions > 0 and any(r.num_running > budget for r in one.steps)
     assert starved > 5, "no run was as crowded as this test needs"
+
+
+def memories(scenario: Scenario, config: Config) -> list[Any]:
+    return [r.memory for r in serve(scenario, check=False, config=config).steps]
+
+
+def test_a_standing_decision_equals_walking_where_memory_is_fragmented() -> None:
+    """While somebody waits for a run that is long enough, growth of the others can make it wait for room at all."""
+    fragmented = 0
+    for seed in range(examples(1)):
+        scenario = crowded(seed)
+        config = scenario.config.replace(
+            allocator=Random(seed).choice(("first-fit", "best-fit", "buddy")),
+            max_num_batched_tokens=64,
+            max_num_seqs=9,
+        )
+        walking = config.replace(scheduler=Walking(inner=config.policy("scheduler").clone()))
+        one = memories(scenario, config)
+        assert one == memories(scenario, walking), f"seed {seed}"
+        fragmented += any(memory.external for memory in one)
+    assert fragmented > 5, "no run was as fragmented as this test needs"

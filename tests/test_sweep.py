@@ -545,9 +545,9 @@ def helper(block):
 class Keep(pl.policies.Swap):
     "Its host tier asks for a policy by name."
     uses_host = True
-    def keep(self, block):
+    def store(self, block, tier):
         return True
-    def host_eviction(self):
+    def tier_eviction(self, tier):
         return "mine"
 
 def made(seed=0):

@@ -181,17 +181,29 @@ class Guarded(Quota):
         raise AssertionError("asked without saying for whom")
 
 
+def reserving(config: Config, policy: Quota) -> Config:
+    """The configuration with shares, twice the pool, and an allocator of single blocks."""
+    allocator = "fifo" if config.policy("allocator").contiguous else config.allocator  # type: ignore[attr-defined]
+    return config.replace(eviction=policy, allocator=allocator, num_blocks=2 * config.num_blocks)
+
+
+def test_runs_of_blocks_and_reserved_shares_do_not_go_together() -> None:
+    shares = Quota(shares="a=0.5", reserved=True)
+    for name in ("first-fit", "best-fit", "buddy"):
+        with pytest.raises(ConfigError, match=f"allocator='{name}' could wait") as caught:
+            Config(allocator=name, eviction=shares)
+        assert "\n" not in str(caught.value)
+        assert Config(allocator=name, eviction=Quota(shares="a=0.5"))
+    assert Config(allocator="fifo", eviction=shares)
+
+
 @settings(max_examples=examples(2))
 @given(scenarios(), st.data())
 def test_reserved_shares_hold_in_every_run(scenario: Scenario, data: st.DataObject) -> None:
     """Laws 1, 5 and 7 under division, and no block of a reserved share is ever taken by another tenant."""
     shares = data.draw(st.sampled_from(("a=0.4,b=0.4", "a=0.5", "b=0.2,a=0.6", "")))
     policy = Guarded(shares=shares, inner=data.draw(st.sampled_from(INNER)), reserved=True)
-    config = scenario.config.replace(eviction=policy, num_blocks=2 * scenario.config.num_blocks)
-    if shares and config.policy("allocator").contiguous:  # type: ignore[attr-defined]
-        with pytest.raises(ConfigError, match="may never find a run of adjacent blocks"):
-            serve(scenario, config=config)
-        config = config.replace(allocator="fifo")
+    config = reserving(scenario.config, policy)
     engine = serve(scenario, config=config)
     stub = scenario.executor()
     for request in scenario.requests:
@@ -329,9 +341,7 @@ def test_with_salts_another_tenants_words_change_nothing(
     """Tenant b says the same in other words: its own repetitions are the same, and tenant a cannot tell."""
     requests, config = of_two_tenants(quiet(scenario)), roomy(scenario)
     if reserved:
-        config = config.replace(
-            eviction=Quota(shares="a=0.5,b=0.5", reserved=True), num_blocks=2 * config.num_blocks
-        )
+        config = reserving(config, Quota(shares="a=0.5,b=0.5", reserved=True))
     renamed = [
         replace(r, prompt=[words[token] for token in r.prompt]) if r.salt == "b" else r for r in requests
     ]

@@ -290,6 +290,8 @@ def test_parameters_reach_the_config() -> None:
     assert form.preset.value == "custom"
     form.size("host_blocks").value = ""
     assert form.config.host_blocks is None
+    form.size("disk_blocks").value = "70"
+    assert form.config.disk_blocks == 70
 
 
 def test_preset_sets_the_policies_and_keeps_the_sizes() -> None:
@@ -590,7 +592,30 @@ def test_host_map_shows_only_with_a_host_tier() -> None:
     with_host = LiveRun(small(swap="host", host_blocks=12), requests(1))
     assert with_host.maps[1].n_blocks == 12
     assert with_host.maps[1].layout.display is None
+    assert with_host.maps[2].layout.display == "none"
     assert LiveRun(small(), requests(1)).maps[1].layout.display == "none"
+
+
+def test_disk_map_shows_only_with_a_disk_tier() -> None:
+    with_disk = LiveRun(small(swap="disk", host_blocks=12, disk_blocks=30), requests(1))
+    assert [m.n_blocks for m in with_disk.maps.values()] == [24, 12, 30]
+    assert all(m.layout.display is None for m in with_disk.maps.values())
+
+
+def test_a_disk_tier_is_drawn_and_described() -> None:
+    config = small(num_blocks=10, swap="disk", host_blocks=3, disk_blocks=40)
+    engine = Engine(config, StubExecutor())
+    for request in requests(8):
+        engine.add(request)
+    engine.run()
+    codes, _, names = bm.read_pool(engine, 2)
+    cached = [i for i, b in enumerate(engine.cache.pools[2].blocks) if b.key is not None]
+    assert len(codes) == 40
+    assert cached
+    assert [i for i, code in enumerate(codes) if code == bm.CACHED] == cached
+    assert not names
+    assert "cached, reusable" in bm.describe_block(engine, cached[0], 2)
+    assert bm.describe_block(engine, 40, 2) == ""
 
 
 def test_one_line() -> None:

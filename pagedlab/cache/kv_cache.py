@@ -7,26 +7,28 @@ neither in the cache nor in what a policy has observed. Data to be copied is ask
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from pagedlab import events as ev
 from pagedlab.cache.accounting import Memory, check_invariants
 from pagedlab.cache.moves import Move
 from pagedlab.cache.pool import BlockPool
+from pagedlab.cache.prefetched import Children, Prefetched
 from pagedlab.cache.table import BlockTable
+from pagedlab.cache.tiers import Tiers
 from pagedlab.errors import InvariantBroken
 from pagedlab.events import EventLog
-from pagedlab.policies.allocator import Allocator, FreeList
-from pagedlab.policies.block import DEVICE, HOST, TIER_NAMES, Block
+from pagedlab.policies.allocator import Allocator
+from pagedlab.policies.block import DEVICE, DISK, HOST, TIER_NAMES, Block
 from pagedlab.policies.eviction import Eviction
 from pagedlab.policies.lookup import NO_MATCH, Lookup, Match, Prefix
+from pagedlab.policies.prefetch import Fate
 from pagedlab.policies.swap import Swap
 from pagedlab.policies.view import NOTHING_KNOWN, View
-from pagedlab.registry import make
 
 
-class KVCache:
-    """Blocks of a device tier and perhaps a host tier, and the tables that hold them."""
+class KVCache(Tiers):
+    """Blocks of a device tier, perhaps of a host tier and a disk tier below, and the tables that hold them."""
 
     def __init__(
         self,
@@ -38,10 +40,12 @@ class KVCache:
         eviction: Eviction,
         swap: Swap,
         host_blocks: int = 0,
+        disk_blocks: int = 0,
         null_block: bool = False,
         events: EventLog | None = None,
-        on_prefetch_fate: Callable[[Block, str], None] | None = None,
+        on_prefetch_fate: Callable[[Block, Fate], None] | None = None,
         view: View = NOTHING_KNOWN,
+        knows_children: bool = False,
     ) -> None:
         self.block_size = block_size
         self.lookup = lookup
@@ -58,25 +62,18 @@ class KVCache:
             reserved=int(null_block),
             view=view,
         )
-        self.host: BlockPool | None = None
-        if host_blocks:
-            host_eviction = make("eviction", swap.host_eviction())
-            assert isinstance(host_eviction, Eviction)
-            self.host = BlockPool(
-                host_blocks,
-                FreeList(),
-                host_eviction,
-                self._host_evicted,
-                tier=HOST,
-                block_size=block_size,
-                view=view,
-            )
-        self.pools = [self.device] if self.host is None else [self.device, self.host]
-        lookup.reset(block_size=block_size, num_tiers=2 if host_blocks else 1)
+        self.pools = [self.device]
+        self._add_pools((host_blocks, disk_blocks), block_size, view)
+        self.host = self.pools[HOST] if host_blocks else None
+        self.disk = self.pools[DISK] if len(self.pools) > DISK else None
+        lookup.reset(block_size=block_size, num_tiers=len(self.pools))
         self._shares = lookup.granularity != "none"
         self._evicting: list[Block] = []
-        self._prefetched: set[Block] = set()
-        self._on_prefetch_fate = on_prefetch_fate or (lambda block, fate: None)
+        self.prefetched = Prefetched(on_prefetch_fate)
+        below = [block for pool in self.pools[1:] for block in pool.blocks]
+        self._children = Children(below) if knows_children and below else None
+        self._displaced: int | None = None
+        """Key of what the device gave up last."""
         self.hit_tokens = 0
         self.scattered = False
         """The last admission failed although enough blocks were free: no run was long enough."""
@@ -84,7 +81,8 @@ class KVCache:
         self._tokens = 0
         self._promised = 0
         self.better_match = False
-        """Something was published that a refused sequence had been waiting for."""
+        """What a refused sequence was told is out of date: something that it waits for was published, or there is less
+        of the room that it could not use."""
         self._awaited: set[int] = set()
         self._await_any = False
 
@@ -114,7 +112,7 @@ class KVCache:
     ) -> bool:
         """Give an empty table its matched prefix and room for ``claim`` tokens in all; leave ``spare`` blocks.
 
-        Matched blocks in the host tier get a device block each and a move. A partial match is copied.
+        Matched blocks in lower tiers get a device block each and a move. A partial match is copied.
         """
         size = self.block_size
         hits, num_hits = match.blocks, len(match.blocks)
@@ -135,9 +133,9 @@ class KVCache:
 
         now = self.events.time
         self._observe(table, guarded, readmitted)
-        host_pins = [] if self.host is None else [b for b in guarded if b.tier]
-        if host_pins:
-            self.host.share(host_pins)  # type: ignore[union-attr]
+        pins = [] if self.host is None else [b for b in guarded if b.tier]
+        for pool, here in self._below(pins) if pins else ():
+            pool.share(here)
         device.share(protected)
         taken = self.device.take(need, contiguous=True, origin=origin)
         if taken is None:
@@ -147,19 +145,17 @@ class KVCache:
         if low:
             incoming = iter(loads)
             blocks = [self._load(b, next(incoming), now) if b.tier else b for b in hits]
-            self.events.record(
-                ev.BLOCKS_LOADED,
-                table.seq_id,
-                [b.index for b in loads],
-                [b.key or 0 for b in low],
-                medium="host",
-            )
+            self._record_loaded(table, low, loads)
+        if self._eager:
+            for block in guarded:
+                if block.key is not None:
+                    self._offer(block)
         if match.partial is not None:
             self.moves.append(Move(match.partial.tier, match.partial.index, DEVICE, rest[0].index))
             self.events.record(ev.BLOCKS_COPIED, table.seq_id, (match.partial.index, rest[0].index))
-            (self.host if match.partial.tier else self.device).drop([match.partial], now)  # type: ignore[union-attr]
-        if host_pins:
-            self.host.drop([b for b in host_pins if b is not match.partial], now)  # type: ignore[union-attr]
+            self.pools[match.partial.tier].drop([match.partial], now)
+        for pool, here in self._below(pins) if pins else ():
+            pool.drop([b for b in here if b is not match.partial], now)
 
         table.blocks = [*blocks, *rest]
         table.indices = [b.index for b in table.blocks]
@@ -194,26 +190,26 @@ class KVCache:
         here = found
         if self.host is not None:
             here = [b for b in found if not b.tier]
-            self.host.eviction.hit_all([b for b in found if b.tier])
+            for pool, low in self._below(found) if len(here) < len(found) else ():
+                pool.eviction.hit_all(low)
         self.device.eviction.hit_all(here)
-        if self._prefetched:
-            for block in here:
-                if block in self._prefetched:
-                    self._prefetched.discard(block)
-                    self._on_prefetch_fate(block, "useful")
-        if type(self.device.eviction).miss is Eviction.miss:  # it does not care
-            return
         prefix = table.prefix
         num_full = len(prefix) // self.block_size
+        num_whole = len(found)
+        if len(self.prefetched):
+            self.prefetched.end(here, "useful")
+            lower = [b.key for b in found if b.tier and b.key is not None]
+            self.prefetched.missed(lower + prefix.keys(num_full)[num_whole:num_full])
+        if type(self.device.eviction).miss is Eviction.miss:  # it does not care
+            return
         miss = self.device.eviction.miss
         keys = prefix.keys(num_full)
-        num_whole = len(found)
         for i in range(num_whole, num_full):
             miss(keys[i], readmitted)
 
     def _load(self, source: Block, target: Block, now: int) -> Block:
-        """Make ``target`` (taken, in use) the device copy of a pinned host block."""
-        self.moves.append(Move(HOST, source.index, DEVICE, target.index))
+        """Make ``target`` (taken, in use) the device copy of a pinned block of a lower tier."""
+        self.moves.append(Move(source.tier, source.index, DEVICE, target.index))
         if source.key is None:
             # While room was made, an evicted orphan took its place in the index: usable, but not findable any more.
             return target
@@ -228,6 +224,13 @@ class KVCache:
         self.device.store((target,))
         return target
 
+    def _record_loaded(self, table: BlockTable, low: list[Block], loads: list[Block]) -> None:
+        for pool, here in self._below(low):
+            to = [new.index for old, new in zip(low, loads) if old.tier == pool.tier]
+            self.events.record(
+                ev.BLOCKS_LOADED, table.seq_id, to, [b.key or 0 for b in here], medium=TIER_NAMES[pool.tier]
+            )
+
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` tokens in all, and make the block to be written next the table's own."""
         blocks, size = table.blocks, self.block_size
@@ -241,6 +244,8 @@ class KVCache:
         taken = self.device.take(extra + copy, after=after, origin=table.origin)
         if taken is None:
             return False
+        if self.scattered:
+            self.better_match = True
         before = self._within(table)
         if copy:
             new, old = taken.pop(), blocks[at]
@@ -320,6 +325,9 @@ class KVCache:
                     blocks[i].key, done = None, i + 1
             stored = [b for b in blocks if b.key is not None]
         device.store(blocks[done:] if done else blocks)
+        if self._eager:
+            for block in stored:
+                self._offer(block)
         if self._await_any or (self._awaited and not self._awaited.isdisjoint(keys)):
             self.better_match = True
         if stored and self.events.enabled:
@@ -338,13 +346,6 @@ class KVCache:
             size = self.block_size
             self._starts += range(len(self._starts) * size, 2 * full * size, size)
         return self._starts[first:full]
-
-    def _displace(self, orphan: Block) -> None:
-        """A block whose parent is gone makes way for its recomputed copy."""
-        self._record_removed([orphan], TIER_NAMES[orphan.tier], "orphan")
-        self._prefetched.discard(orphan)
-        pool = self.host if orphan.tier else self.device
-        pool.blank(orphan)  # type: ignore[union-attr]
 
     # ---- giving up ---------------------------------------------------------------------------------------------
 
@@ -412,104 +413,79 @@ class KVCache:
         self._promised += self._within(table)
         return True
 
-    def prefetch(self, block: Block) -> bool:
-        """Bring a cached host block up into a free device block; False if none is free or it is there already."""
-        if self.host is None or block.tier != HOST or block.key is None or not self.device.num_free:
-            return False
-        if self.lookup.copy_in(block, DEVICE) is not None:
-            return False
-        taken = self.device.take(1)
-        if taken is None:
-            return False
-        now = self.events.time
-        self._load(block, taken[0], now)
-        if taken[0].key is not None:
-            self._prefetched.add(taken[0])
-            self.events.record(
-                ev.BLOCKS_PREFETCHED, blocks=(taken[0].index,), keys=(block.key,), medium="host"
-            )
-        self.device.drop(taken, now)
-        return True
+    def prefetch(
+        self, block: Block, *, evict: bool = False, protected: Collection[Block] = ()
+    ) -> Block | None:
+        """Bring a cached block of a lower tier up to the device and return where to; None if that is not to be.
 
-    def distrust(self, table: BlockTable) -> None:
-        """Forget every prefix that the table's blocks stand for, in every tier: their content may be wrong."""
-        for block in table.blocks:
-            if block.key is None:
-                continue
-            copies = [block] if self.host is None else [block, self.lookup.copy_in(block, HOST)]
-            for copy in copies:
-                if copy is not None:
-                    self.lookup.forget(copy)
-                    self._record_removed([copy], TIER_NAMES[copy.tier], "distrusted")
-                    (self.host if copy.tier else self.device).blank(copy)  # type: ignore[union-attr]
+        It takes a free block, or with ``evict`` a cached one that is not ``protected``. It is refused if there is
+        neither, or if the content is on the device or no longer in that tier.
+        """
+        pool = self.device
+        if (
+            block.tier == DEVICE
+            or block.key is None
+            or self.lookup.copy_in(block, DEVICE) is not None
+            or not (pool.num_free or (evict and pool.has_room(1, protected)))
+        ):
+            return None
+        now, below = self.events.time, self.pools[block.tier]
+        # What is given up may want a place in the tier below: not this one.
+        below.eviction.hit_all([block])
+        below.share((block,))
+        self._displaced = None
+        taken = pool.take(1, protected)
+        if taken is None:
+            raise InvariantBroken(f"a block was promised to the prefetch of {block!r} and is not there")
+        key, displaced = block.key, self._displaced
+        target = self._load(block, taken[0], now)
+        below.drop((block,), now)
+        pool.drop(taken, now)
+        self.prefetched.begin(target, displaced)
+        if target.key is None:
+            self.prefetched.end((target,), "useless")
+        else:
+            self.events.record(
+                ev.BLOCKS_PREFETCHED, blocks=(target.index,), keys=(key,), medium=TIER_NAMES[block.tier]
+            )
+        return target
+
+    def children(self, block: Block) -> list[Block]:
+        """Return the blocks that continue ``block`` in lower tiers alone, each in its highest one, latest first."""
+        if self._children is None or block.key is None:
+            return []
+        found: dict[int, Block] = {}
+        for child in self._children.of(block.serial):
+            if self.lookup.copy_in(child, DEVICE) is None:
+                known = found.setdefault(child.serial, child)
+                if child.tier < known.tier:
+                    found[child.serial] = child
+        return list(found.values())
 
     def clear(self) -> None:
         """Forget every cached prefix in every tier. Running sequences keep their blocks, which nobody else finds."""
+        self.prefetched.end_all("useless")
         for pool in self.pools:
             for block in pool.blocks:
                 if block.key is not None:
                     self.lookup.forget(block)
                     pool.blank(block)
-        self._prefetched.clear()
         self.events.record(ev.ALL_BLOCKS_CLEARED)
 
     # ---- evicting ----------------------------------------------------------------------------------------------
 
     def _device_evicted(self, blocks: list[Block]) -> None:
-        if self._prefetched or self.host is not None:
+        if self.host is not None:
+            if len(self.prefetched):
+                self.prefetched.end(blocks, "useless")
+            self._displaced = blocks[-1].key
             for block in blocks:
-                if block in self._prefetched:
-                    self._prefetched.discard(block)
-                    self._on_prefetch_fate(block, "useless")
-                if self.host is not None and self.swap.store(block):
-                    self._keep_on_host(block)
+                self._offer(block)
                 self.lookup.forget(block)
         else:
             self.lookup.forget_all(blocks)
         if self.events.enabled:
             self._record_removed(blocks)
-
-    def _record_removed(self, blocks: list[Block], medium: str = "device", detail: str = "") -> None:
-        if not self.events.enabled:
-            return
-        self.events.record(
-            ev.BLOCK_REMOVED,
-            -1,
-            [b.index for b in blocks],
-            [b.key for b in blocks],  # type: ignore[misc]
-            None,
-            medium,
-            detail,
-        )
-
-    def _keep_on_host(self, block: Block) -> None:
-        """Copy a victim's content to the host tier, unless it is there."""
-        host, lookup = self.host, self.lookup
-        assert host is not None
-        if lookup.copy_in(block, HOST) is not None:
-            return
-        taken = host.take(1, origin=block.origin)
-        if taken is None:
-            return
-        copy, now = taken[0], self.events.time
-        copy.stand_for(block, host.births(1), now)
-        published = lookup.publish(copy)
-        if published.displaced is not None:
-            self._displace(published.displaced)
-        copy.serial = block.serial
-        if published.indexed:
-            self.moves.append(Move(DEVICE, block.index, HOST, copy.index))
-            host.store((copy,))
-            self.events.record(
-                ev.BLOCK_STORED, -1, (copy.index,), (block.key or 0,), block.parent_key, medium="host"
-            )
-        else:
-            copy.key = None
-        host.drop(taken, now)
-
-    def _host_evicted(self, blocks: list[Block]) -> None:
-        self.lookup.forget_all(blocks)
-        self._record_removed(blocks, "host")
 
     # ---- accounting --------------------------------------------------------------------------------------------
 

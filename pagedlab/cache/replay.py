@@ -77,7 +77,7 @@ def plain(
     begin = policy.begin if _listens(policy, "begin") else None
     divided = policy.partitioned
     spare: list[Block] = []
-    made = born = 0
+    born = 0
     for start in range(0, len(requests), _CHUNK):
         hits: list[int] = []
         for keys, chained, now, origin in requests[start : start + _CHUNK]:
@@ -100,11 +100,9 @@ def plain(
                         if given is None:
                             continue
                         spare += given
-                    if spare:
-                        block = spare.pop()
-                    elif made < capacity:
-                        block = Block(made, size=block_size)
-                        made += 1
+                        block = spare.pop() if spare else Block(len(resident), size=block_size)
+                    elif born < capacity:
+                        block = Block(born, size=block_size)
                     else:
                         block = evict()
                         if block is None or forget(block.key, None) is not block:  # type: ignore[arg-type]

@@ -51,5 +51,7 @@ class CostModel(Policy):
         return None
 
     def transfer_ps(self, num_bytes: int, link: str) -> int:
-        """Return picoseconds to move ``num_bytes`` over ``link`` (``"host"``: host memory to device or back)."""
+        """Return picoseconds to move ``num_bytes`` over ``link``: ``"host"`` (host memory to device or back),
+        ``"disk-read"`` or ``"disk-write"`` (disk to host memory, and back).
+        """
         return 0

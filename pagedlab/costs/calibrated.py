@@ -54,6 +54,15 @@ class Calibrated(LinearCost):
         25.0, low=1e-6, high=_HIGH, help="copies to and from host memory", unit="GB/s"
     )
     host_latency_us: float = param(10.0, low=0.0, high=_HIGH, help="what such a copy takes beside", unit="µs")
+    disk_read_gb_per_s: float = param(
+        5.0, low=1e-6, high=_HIGH, help="reading from the disk tier", unit="GB/s"
+    )
+    disk_write_gb_per_s: float = param(
+        2.5, low=1e-6, high=_HIGH, help="writing to the disk tier", unit="GB/s"
+    )
+    disk_latency_us: float = param(
+        100.0, low=0.0, high=_HIGH, help="what reading or writing takes beside", unit="µs"
+    )
 
     VECTOR: ClassVar[tuple[str, ...]] = ("c0", "w", "c1", "c2", "c3", "c4", "c5", "c6")
     """The coefficients in the order of `to_vector`."""
@@ -88,8 +97,13 @@ class Calibrated(LinearCost):
         )
 
     def links(self) -> dict[str, tuple[float, int]]:
-        """Return the host link's rate and latency."""
-        return {"host": (self.host_gb_per_s * 1e9 / PS, round(self.host_latency_us * 1e6))}
+        """Return rates and latencies of the host link and the disk."""
+        disk_latency = round(self.disk_latency_us * 1e6)
+        return {
+            "host": (self.host_gb_per_s * 1e9 / PS, round(self.host_latency_us * 1e6)),
+            "disk-read": (self.disk_read_gb_per_s * 1e9 / PS, disk_latency),
+            "disk-write": (self.disk_write_gb_per_s * 1e9 / PS, disk_latency),
+        }
 
     # ---- where it comes from ---------------------------------------------------------------------------------------
 
@@ -101,7 +115,7 @@ class Calibrated(LinearCost):
         models differ slightly in steps that sample little or very much.
         """
         t = roofline.terms()
-        rate, latency = roofline.links()["host"]
+        (rate, latency), (read, disk_latency), (write, _) = roofline.links().values()
         shape = roofline.shape
         weights = t.weights + t.experts + t.head
         return cls(
@@ -119,6 +133,9 @@ class Calibrated(LinearCost):
             expert_share=t.experts / weights,
             host_gb_per_s=rate * PS / 1e9,
             host_latency_us=latency / 1e6,
+            disk_read_gb_per_s=read * PS / 1e9,
+            disk_write_gb_per_s=write * PS / 1e9,
+            disk_latency_us=disk_latency / 1e6,
         )
 
     @classmethod
@@ -172,8 +189,9 @@ class Calibrated(LinearCost):
             old.expert_share,
         ):
             mixture = {k: getattr(new, k) for k in ("experts", "experts_per_token", "expert_share")}
-        host = self.host_gb_per_s * (new.host_gb_per_s / old.host_gb_per_s)
-        return self.clone(**values, **mixture, host_gb_per_s=host)
+        links = ("host_gb_per_s", "disk_read_gb_per_s", "disk_write_gb_per_s")
+        rates = {name: getattr(self, name) * (getattr(new, name) / getattr(old, name)) for name in links}
+        return self.clone(**values, **mixture, **rates)
 
     # ---- as a vector, for fits that have to simulate ---------------------------------------------------------------
 

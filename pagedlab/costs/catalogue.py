@@ -41,8 +41,9 @@ GIB = 2**30
 class Hardware:
     """One accelerator and the host it sits in.
 
-    No datasheet names the last four figures. Their defaults are orders of magnitude, fitted to no run; they belong
-    to host and engine rather than to the card, so every entry has them until somebody measures it.
+    No datasheet of a card names what comes after the host link. Latencies and overheads are orders of magnitude, fitted
+    to no run; they belong to host and engine rather than to the card, so every entry has them until somebody measures
+    it. The disk is one of those that servers for such cards are sold with.
     """
 
     name: str
@@ -63,6 +64,14 @@ class Hardware:
     """Bytes per second between host memory and the accelerator, one direction, as published."""
     host_latency_s: float = 10e-6
     """Seconds before the first byte of a copy to or from the host."""
+    disk_read: float = 6.5e9
+    """Bytes per second from one disk to host memory: a PCIe 4.0 NVMe drive, Samsung PM9A3 in U.2, as announced
+    (6,500 MB/s).
+    """
+    disk_write: float = 3.5e9
+    """Bytes per second to it (3,500 MB/s)."""
+    disk_latency_s: float = 100e-6
+    """Seconds before the first byte of a copy to or from the disk: a page of NAND flash read. An order of magnitude."""
     allreduce_latency_s: float = 20e-6
     """Seconds that an all-reduce takes beside its bytes."""
     step_overhead_s: float = 2e-3

@@ -63,7 +63,7 @@ def coverage_table(experts: int, experts_per_token: int) -> tuple[float, ...]:
 
 
 class LinearCost(CostModel):
-    """A cost model of the form above; a subclass says what its `Terms` are and how fast the host's link is.
+    """A cost model of the form above; a subclass says what its `Terms` are and how fast the links between tiers are.
 
     Terms are worked out when they are first needed and again after a parameter is set.
     """
@@ -126,9 +126,11 @@ class LinearCost(CostModel):
         return int(ps + 0.5) or 1
 
     def transfer_ps(self, num_bytes: int, link: str) -> int:
-        """Return picoseconds to move ``num_bytes`` of all accelerators together over ``link`` (``"host"``).
+        """Return picoseconds to move ``num_bytes`` of all accelerators together over ``link`` (``"host"``,
+        ``"disk-read"``, ``"disk-write"``).
 
-        With tensor parallelism each accelerator moves its part over a link of its own. Nothing takes no time.
+        With tensor parallelism each accelerator moves its part over a host link of its own; all share one disk.
+        Nothing takes no time.
         """
         if link not in self._links:
             known = ", ".join(self._links)

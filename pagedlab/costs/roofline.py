@@ -59,6 +59,7 @@ class Roofline(LinearCost):
         1.0, low=0.001, high=1.0, help="attention kernel against the best one: keys and values, and pairs"
     )
     host_efficiency: float = param(0.8, low=0.001, high=1.0, help="share of the host link reached")
+    disk_efficiency: float = param(0.8, low=0.001, high=1.0, help="share of the disk's rates reached")
     overhead_factor: float = param(1.0, low=0.0, high=1e3, help="times the catalogue's overheads of the host")
     step_overhead_us: float = param(0.0, low=0.0, high=1e9, help="overhead of a step beside those", unit="µs")
 
@@ -120,7 +121,13 @@ class Roofline(LinearCost):
         )
 
     def links(self) -> dict[str, tuple[float, int]]:
-        """Return the host link's rate, over all accelerators, and latency."""
+        """Return the host link's rate, over all accelerators, the disk's, which they share, and latencies."""
         card = self.accelerator
         rate = card.host_link * self.host_efficiency * self.tensor_parallel / PS
-        return {"host": (rate, round(PS * card.host_latency_s))}
+        read, write = (r * self.disk_efficiency / PS for r in (card.disk_read, card.disk_write))
+        disk_latency = round(PS * card.disk_latency_s)
+        return {
+            "host": (rate, round(PS * card.host_latency_s)),
+            "disk-read": (read, disk_latency),
+            "disk-write": (write, disk_latency),
+        }

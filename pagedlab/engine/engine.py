@@ -2,7 +2,7 @@
 
     requests ──▶ step():  1. arrivals   whose time has come join the queue
                           2. scheduler  asks; the engine grants: prefix, room, preemption, budget     ─▶ StepOrders
-                          3. prefetch   fills what is free
+                          3. prefetch   brings up what will be wanted
                           4. executor   carries out the moves, runs the batch, samples                ─▶ StepResult
                           5. commit     appends tokens, publishes full blocks, forks, finishes
 
@@ -26,16 +26,20 @@ from pagedlab.cache.accounting import Memory
 from pagedlab.config import Config
 from pagedlab.costs.base import StepWork
 from pagedlab.engine.clock import Clock, WallClock, to_ps
-from pagedlab.engine.orders import Executor, Scripted, SequenceStep, StepOrders, StepResult
-from pagedlab.engine.plan import CacheResidency, Plan
+from pagedlab.engine.link import Link
+from pagedlab.engine.orders import Executor, Fallible, Scripted, SequenceStep, StepOrders, StepResult
+from pagedlab.engine.plan import Plan
+from pagedlab.engine.prefetching import KnownFuture
 from pagedlab.engine.records import StepRecord
 from pagedlab.engine.request import Request
 from pagedlab.engine.seats import Seats
 from pagedlab.engine.sequence import Group, Sequence, Status
 from pagedlab.errors import ConfigError, PagedLabError, PolicyError
 from pagedlab.events import EventLog
-from pagedlab.policies.block import Block
 from pagedlab.policies.prompt import HashedPrompt, HashedTokens
+
+_IDLE_ASKS = 1000
+"""A prefetcher is asked so often at most while the engine waits for one arrival, so that finite work ends."""
 
 
 class Engine(Seats):
@@ -49,18 +53,19 @@ class Engine(Seats):
         clock: Clock | None = None,
         events: EventLog | None = None,
         skip_ahead: bool = True,
+        knows_future: bool = False,
     ) -> None:
         super().__init__(
             config,
             executor.max_model_len,
             EventLog() if events is None else events,
-            self._prefetch_fate,
             getattr(executor, "shape", None),
+            knows_future,
         )
         self.executor = executor
         self.clock = clock or WallClock()
-        self.policies.prefetch.reset()
         self._scripts = executor if isinstance(executor, Scripted) else None
+        self._fallible = executor if self.cache.disk is not None and isinstance(executor, Fallible) else None
         self._skips = skip_ahead
         self.finished: list[Sequence] = []
         self.groups: dict[str, Group] = {}
@@ -72,13 +77,26 @@ class Engine(Seats):
         """Then, unless decoding is steady: who gets one token a step, in order."""
         self._followers: dict[str, list[Group]] = {}
         self._last_start = -1
+        self._reset_prefetch()
         executor.prepare(
             num_blocks=config.num_blocks,
             block_size=config.block_size,
             host_blocks=config.num_host_blocks,
             max_num_seqs=config.max_num_seqs,
+            disk_blocks=config.num_disk_blocks,
+            disk_path=config.disk_path,
         )
         self.clock.start()
+
+    def _reset_prefetch(self) -> None:
+        policy = self.policies.prefetch
+        if policy.needs_future:
+            policy.reset(future=KnownFuture(lambda: self._future))  # type: ignore[call-arg]
+        else:
+            policy.reset()
+        # A clock that takes an executor at its word counts the time of transfers too.
+        if self.prefetching is not None and self._scripts is not None and self.clock.pace(1, 0) == (1, 0):
+            self.prefetching.link = Link(self._scripts.load_ps)
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
@@ -165,13 +183,50 @@ class Engine(Seats):
 
     @property
     def has_work(self) -> bool:
-        """True while a request is running, waiting or yet to arrive."""
-        return bool(self.running or self.waiting or self._future)
+        """True while a request is running, waiting or yet to arrive, or something is left to copy."""
+        return bool(self.running or self.waiting or self._future or self.cache.moves)
 
     @property
     def idle_until(self) -> int | None:
-        """Time of the next arrival in picoseconds if there is nothing to do before it, else None."""
+        """Time of the next arrival in picoseconds if there is nothing to run before it, else None."""
         return self._future[0][0] if self._future and not self.running and not self.waiting else None
+
+    def rest(self) -> int | None:
+        """With nothing to run now, let the prefetcher act if its time has come.
+
+        Return when there is something to do next, in picoseconds; None if there is now, or never will be.
+        """
+        arrival = self.idle_until
+        if arrival is None or self.prefetching is None or self.clock.now() >= arrival:
+            return arrival
+        self._prefetch_idle(self.clock.now())
+        at = self.prefetching.next_ask()
+        return arrival if at is None else min(arrival, at)
+
+    def _prefetch_idle(self, until: int) -> None:
+        """Ask the prefetcher whenever it wants to be asked up to ``until``, with nothing to run meanwhile."""
+        prefetching = self.prefetching
+        assert prefetching is not None
+        for _ in range(_IDLE_ASKS):
+            at = prefetching.next_ask()
+            if at is None or at > until:
+                break
+            if at > self.clock.now():
+                self.clock.wait_until(at)
+            self.events.time = now = max(self.clock.now(), at)
+            prefetching.ask((), now)
+            if self.cache.moves:
+                self._carry_out_moves()
+                if self._fallible is not None:
+                    self._lost_to_faults({})
+
+    @property
+    def prefetched(self) -> dict[str, int]:
+        """Prefetched blocks by what became of them; once all work is done, what nobody has used was useless."""
+        counts = dict(self.totals.prefetch)
+        if not self.has_work:
+            counts["useless"] += len(self.cache.prefetched)
+        return counts
 
     def clear_cache(self) -> None:
         """Forget every cached prefix."""
@@ -187,6 +242,8 @@ class Engine(Seats):
         stepped again: the step has not happened.
         """
         if not self._await_work():
+            if self.cache.moves:
+                self._finish_moves()
             return 0
         start = self.events.time
         entries = self._plan()
@@ -195,6 +252,10 @@ class Engine(Seats):
         count, duration, growth = self._reach(orders, num_moves, max_steps)
         if num_moves:
             self._carry_out_moves()
+        if self._fallible is not None and self._lost_to_faults(entries):
+            orders = self._orders(entries)
+        if self.prefetching is not None:
+            orders.wait_ps = self.prefetching.wait_ps(start)
         if count > 1:
             total = count * duration + growth * (count * (count - 1) // 2)
             result = StepResult([], duration_ps=total)
@@ -213,7 +274,7 @@ class Engine(Seats):
 
     def _settle(self) -> None:
         """After the last step nobody's leaving waits for a plan."""
-        if self.leaving and not self.has_work:
+        if self.leaving and not (self.running or self.waiting or self._future):
             self._let_go()
 
     def run(self, max_steps: int | None = None) -> None:
@@ -234,6 +295,9 @@ class Engine(Seats):
         if not self.running and not self.waiting:
             self._let_in(now)
         while not self.running and not self.waiting and self._future:
+            if self.prefetching is not None:
+                # Who arrives at the same time is let in first; the prefetcher is asked in that step.
+                self._prefetch_idle(self._future[0][0] - 1)
             self.clock.wait_until(self._future[0][0])
             self.events.time = max(self.clock.now(), self._future[0][0])
             self._let_in(self.events.time)
@@ -247,13 +311,15 @@ class Engine(Seats):
                     self.waiting.append(seq)
                     self._stands = False
                     self.events.record(ev.REQUEST_ARRIVED, seq.seq_id, detail=seq.request_id)
+                    if self.prefetching is not None:
+                        self.prefetching.arrived(seq)
 
     def _plan(self) -> dict[Sequence, int]:
         """Decide who computes how many tokens; those who decode steadily are not listed."""
         plan = Plan(self)
         if self.decoders.members:
             self._grow_decoders(plan)
-        if not self._stands or self.cache.better_match or (self.waiting and self.policies.prefetch.enabled):
+        if not self._stands or self.cache.better_match or (self.waiting and self.prefetching):
             self.cache.scattered = False
             self.cache.await_nothing()
             decision = self.policies.scheduler.plan(plan)
@@ -276,8 +342,9 @@ class Engine(Seats):
             )
         if self.leaving:
             self._let_go()
-        if self.policies.prefetch.enabled and self.waiting:
-            self._run_prefetch()
+        prefetching = self.prefetching
+        if prefetching is not None and (self.waiting or prefetching.is_due(self.events.time)):
+            prefetching.ask(tuple(self.waiting), self.events.time)
         return plan.entries
 
     def _grow_decoders(self, plan: Plan) -> None:
@@ -335,7 +402,7 @@ class Engine(Seats):
         alone = 1, 0, 0
         if not self._skips or self._scripts is None or not self._stands or not self.steady or num_moves:
             return alone
-        if self.undecided or (self.waiting and self.policies.prefetch.enabled):
+        if self.undecided or (self.waiting and self.prefetching):
             return alone
         decoders, work = self.decoders, orders.work
         count = min(decoders.steps_to_boundary(), decoders.steps_to_end())
@@ -354,12 +421,16 @@ class Engine(Seats):
             # With asynchronous scheduling the step that sees an arrival was planned a step before.
             late = self.config.async_scheduling and gap > 0
             count = min(count, _steps_until(gap, first, growth) + late)
-            if count == 1:
-                return alone
+        if self.prefetching is not None and (at := self.prefetching.next_ask()) is not None:
+            count = min(count, _steps_until(at - self.events.time, first, growth))
+        if count == 1:
+            return alone
         return count, first, growth
 
     def _carry_out_moves(self) -> None:
         """Have the moves carried out, and count those that are, also if a fault leaves the others to the next step."""
+        own = [] if self.prefetching is None else self.prefetching.take_own()
+        self.totals.moved = self.totals.moved.and_also(own)
         ordered = tuple(self.cache.moves)
         try:
             self.executor.move(self.cache.moves)
@@ -367,16 +438,35 @@ class Engine(Seats):
             done = ordered[: len(ordered) - len(self.cache.moves)]
             self.totals.moved = self.totals.moved.and_also(done)
 
-    def _run_prefetch(self) -> None:
-        loads = self.policies.prefetch.plan(
-            tuple(self.waiting), CacheResidency(self.cache), self.config.prefetch_budget
-        )
-        for load in loads[: self.config.prefetch_budget]:
-            self._prefetch_fate(load.block, "done" if self.cache.prefetch(load.block) else "refused")
+    def _lost_to_faults(self, entries: dict[Sequence, int]) -> bool:
+        """Whether a tier that failed has cost somebody a place in this step: who is left is in ``entries``."""
+        assert self._fallible is not None
+        damage = self._fallible.take_damage()
+        if damage is None:
+            return False
+        lost = self._suffer(damage)
+        for seq in lost:
+            entries.pop(seq, None)
+        return bool(lost)
 
-    def _prefetch_fate(self, block: Block, fate: str) -> None:
-        self.totals.prefetch[fate] += 1
-        self.policies.prefetch.feedback(block, fate)  # type: ignore[arg-type]
+    def _finish_moves(self) -> None:
+        """Copy what the last step has stored through to lower tiers; it counts as that step's."""
+        self._carry_out_moves()
+        if self._fallible is not None:
+            self._lost_to_faults({})
+        if self.steps:
+            if self.steps[-1].count > 1:
+                self._part_last()
+            self.steps[-1].moved = self.totals.moved
+
+    def _part_last(self) -> StepRecord:
+        """Give the last of a leap's steps a record of its own."""
+        record = self.steps[-1]
+        *_, final = record.each()
+        record.count -= 1
+        record.growth = record.growth if record.count > 1 else 0
+        self.steps.append(final)
+        return final
 
     # ---- after the executor ------------------------------------------------------------------------------------
 
@@ -444,10 +534,7 @@ class Engine(Seats):
         self.steps.append(record)
         if first is not None and (first.cached, first.saved) != (last.cached, last.saved):
             # What was published at the end found its place taken by a block that nobody can use any more.
-            *_, final = record.each()
-            record.count, final.memory = count - 1, last
-            record.growth = growth if count > 2 else 0
-            self.steps.append(final)
+            self._part_last().memory = last
 
     def _take(self, seq: Sequence, samples: list[int]) -> None:
         """Append the sampled tokens (or the scripted ones): one to the sequence, the others to forks of it."""
@@ -535,6 +622,8 @@ class Engine(Seats):
         # Samples that have not parted yet never will.
         group.unfinished -= 1 + seq.to_fork
         if not group.unfinished:
+            if self.prefetching is not None and seq.admitted_at is not None:
+                self.prefetching.finished(group.sequences[0])
             for follower in self._followers.pop(group.request.request_id, ()):
                 if any(s.status is not Status.FINISHED for s in follower.sequences):
                     self._send(follower)

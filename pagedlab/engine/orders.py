@@ -10,24 +10,28 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from pagedlab.cache.moves import Move
 from pagedlab.costs.base import StepWork
 from pagedlab.engine.request import Request, SamplingParams
 from pagedlab.engine.script import Script
-from pagedlab.policies.block import DEVICE, HOST, TIER_NAMES
+from pagedlab.policies.block import DEVICE, DISK, HOST, TIER_NAMES
 
 __all__ = [
     "DEVICE",
+    "DISK",
     "HOST",
     "TIER_NAMES",
+    "Damage",
     "Executor",
+    "Fallible",
     "Move",
     "Scripted",
     "SequenceStep",
     "StepOrders",
     "StepResult",
+    "TierFault",
 ]
 
 
@@ -71,6 +75,8 @@ class StepOrders:
     """Sequences whose rows an executor may forget: finished, cancelled or preempted since the last step."""
     work: StepWork = field(default_factory=StepWork)
     """The same in sums: all that a `Scripted` executor gets (its ``batch`` is empty)."""
+    wait_ps: int = 0
+    """Picoseconds until prefetched blocks that the batch reads have come over the link, where that takes time."""
 
 
 @dataclass(slots=True)
@@ -89,6 +95,25 @@ class StepResult:
     duration_ps: int = 0
 
 
+class TierFault(NamedTuple):
+    """A copy to or from a place in a lower tier failed, and why."""
+
+    tier: int
+    block: int
+    reason: str
+
+
+class Damage(NamedTuple):
+    """What moves have left undone: the faults, and every place that does not hold now what was to be put there.
+
+    A place is (tier, block). What was copied on from a spoiled place is spoiled, what was written over is whole again,
+    and a place that could not be read is spoiled itself.
+    """
+
+    faults: list[TierFault]
+    spoiled: set[tuple[int, int]]
+
+
 class Executor(Protocol):
     """Carries out orders: a real model, or a cost model.
 
@@ -99,8 +124,19 @@ class Executor(Protocol):
     max_model_len: int
     """Longest sequence in tokens that it can run."""
 
-    def prepare(self, *, num_blocks: int, block_size: int, host_blocks: int, max_num_seqs: int) -> None:
-        """Make room for a run: cache tensors of every tier. Called once before the first step."""
+    def prepare(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        host_blocks: int,
+        max_num_seqs: int,
+        disk_blocks: int = 0,
+        disk_path: str | None = None,
+    ) -> None:
+        """Make room for a run: cache tensors of every tier, and a file in ``disk_path`` (None: where temporary files
+        go) for the disk's. Called once before the first step.
+        """
 
     def move(self, moves: deque[Move]) -> None:
         """Carry out ``moves`` from the left, popping each as it is done, so that a fault can be resumed."""
@@ -117,6 +153,14 @@ class Executor(Protocol):
 
 
 @runtime_checkable
+class Fallible(Protocol):
+    """What an executor has besides if one of its tiers can fail."""
+
+    def take_damage(self) -> Damage | None:
+        """Return what the moves since the last call have left undone, and think no more of it; None if nothing."""
+
+
+@runtime_checkable
 class Scripted(Protocol):
     """What an executor has besides if it knows beforehand what will be said, and how long steps take."""
 
@@ -125,3 +169,6 @@ class Scripted(Protocol):
 
     def linear(self, work: StepWork) -> tuple[int, int] | None:
         """See `pagedlab.costs.base.CostModel.linear`."""
+
+    def load_ps(self, num_blocks: int, from_disk: int = 0) -> int:
+        """Return picoseconds in which so many blocks come to the device, ``from_disk`` of them read from the disk."""

@@ -1,4 +1,4 @@
-"""What the engine shows to schedulers and prefetchers while a step is being planned."""
+"""What the engine shows to schedulers while a step is being planned."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, overload
 
-from pagedlab.cache.kv_cache import KVCache
 from pagedlab.engine.sequence import Sequence, Status
 from pagedlab.errors import PolicyError
-from pagedlab.policies.block import Block
 from pagedlab.policies.lookup import Match
-from pagedlab.policies.prefetch import Waiting
 from pagedlab.policies.scheduler import Schedulable
 
 if TYPE_CHECKING:
@@ -140,15 +137,3 @@ class Plan:
         if whole:
             return remaining if remaining <= self.budget or self._alone else 0
         return max(0, min(remaining, tokens, self.budget))
-
-
-class CacheResidency:
-    """Where prefixes lie (`pagedlab.policies.prefetch.Residency`)."""
-
-    def __init__(self, cache: KVCache) -> None:
-        self._cache = cache
-
-    def prefix(self, sequence: Waiting) -> list[Block]:
-        """Return the cached blocks of the sequence's prefix, each in its highest tier."""
-        assert isinstance(sequence, Sequence)
-        return self._cache.match(sequence.table.prefix, len(sequence.tokens) - 1).blocks

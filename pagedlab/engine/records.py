@@ -9,11 +9,15 @@ from typing import NamedTuple
 
 from pagedlab.cache.accounting import Memory
 from pagedlab.cache.moves import Move
-from pagedlab.policies.block import HOST
+from pagedlab.policies.block import DISK, HOST
+from pagedlab.policies.prefetch import FATES
 
 
 class Moved(NamedTuple):
-    """Blocks that an executor has copied since the run began, by the link they went over."""
+    """Blocks that an executor has copied since the run began, by the link they went over.
+
+    A block that comes up from the disk goes through host memory, so it counts on both links.
+    """
 
     to_host: int = 0
     """Device to host: swapped out, or saved when they were evicted."""
@@ -21,18 +25,28 @@ class Moved(NamedTuple):
     """Host to device: swapped in, loaded for a prefix hit, or prefetched."""
     copied: int = 0
     """Device to device: on write."""
+    to_disk: int = 0
+    """Host to disk: kept when the host gave them up, or stored through."""
+    from_disk: int = 0
+    """Disk to host memory, on the way to the device: loaded for a prefix hit, or prefetched."""
 
     def and_also(self, moves: Iterable[Move]) -> Moved:
         """Return the counts with ``moves`` carried out as well."""
-        to_host, to_device, copied = self
+        to_host, to_device, copied, to_disk, from_disk = self
         for move in moves:
             if move.dst_tier == HOST:
                 to_host += 1
             elif move.src_tier == HOST:
+                if move.dst_tier == DISK:
+                    to_disk += 1
+                else:
+                    to_device += 1
+            elif move.src_tier == DISK:
+                from_disk += 1
                 to_device += 1
             else:
                 copied += 1
-        return Moved(to_host, to_device, copied)
+        return Moved(to_host, to_device, copied, to_disk, from_disk)
 
 
 @dataclass(slots=True)
@@ -121,7 +135,8 @@ class Totals:
     preemptions: int = 0
     swapped_out: int = 0
     """Sequences preempted by swapping, not blocks: those are in `moved`."""
+    tier_faults: int = 0
+    """Copies to or from a lower tier that failed; each cost a recompute at most."""
     moved: Moved = field(default_factory=Moved)
-    prefetch: dict[str, int] = field(
-        default_factory=lambda: {"done": 0, "refused": 0, "useful": 0, "useless": 0}
-    )
+    prefetch: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0))
+    """Blocks by what became of their loads, see `pagedlab.policies.prefetch`."""

@@ -7,7 +7,7 @@ running, or, with asynchronous scheduling, leaving; a running one decodes with t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from pagedlab import events as ev
 from pagedlab.cache.accounting import Memory
@@ -16,15 +16,18 @@ from pagedlab.cache.table import BlockTable
 from pagedlab.config import Config
 from pagedlab.costs.shape import ModelShape
 from pagedlab.engine.decoders import Decoders
+from pagedlab.engine.orders import Damage
 from pagedlab.engine.plan import Plan
+from pagedlab.engine.prefetching import Prefetching
 from pagedlab.engine.records import Totals
 from pagedlab.engine.sequence import Sequence, Status
 from pagedlab.engine.view import EngineView
 from pagedlab.errors import ConfigError, PolicyError, RequestTooLarge
 from pagedlab.events import EventLog
-from pagedlab.policies.block import NOBODY, Block
+from pagedlab.policies.block import TIER_NAMES, Block
 from pagedlab.policies.bounds import refuse_future
 from pagedlab.policies.lookup import NO_MATCH, Match
+from pagedlab.policies.prefetch import Fate
 from pagedlab.policies.prompt import HashedTokens
 
 
@@ -36,15 +39,15 @@ class Seats:
         config: Config,
         max_model_len: int,
         events: EventLog,
-        on_prefetch_fate: Callable[[Block, str], None],
         shape: ModelShape | None,
+        knows_future: bool,
     ) -> None:
         self.config = config
         self.events = events
         self.max_model_len = min(config.max_model_len or max_model_len, max_model_len)
         self.policies = policies = config.policies()
         """The clones that this run works on."""
-        refuse_future(policies)
+        refuse_future(policies, knows_arrivals=knows_future)
         self.totals = Totals()
         self.waiting: deque[Sequence] = deque()
         """The queue, front first."""
@@ -58,17 +61,17 @@ class Seats:
             eviction=policies.eviction,
             swap=policies.swap,
             host_blocks=config.num_host_blocks,
+            disk_blocks=config.num_disk_blocks,
             null_block=config.null_block,
             events=events,
-            on_prefetch_fate=on_prefetch_fate,
+            on_prefetch_fate=self._prefetch_fate,
             view=view,
+            knows_children=policies.prefetch.enabled,
         )
-        if policies.allocator.contiguous and self.cache.device.limit(NOBODY) < self.cache.device.capacity:
-            raise ConfigError(
-                f"eviction {policies.eviction.name!r} keeps shares for tenants, so allocator "
-                f"{policies.allocator.name!r} may never find a run of adjacent blocks; use another one, or shares "
-                "that are not reserved"
-            )
+        self.prefetching: Prefetching | None = None
+        if policies.prefetch.enabled:
+            policies.prefetch.attach(view)
+            self.prefetching = Prefetching(policies.prefetch, self.cache, config.prefetch_budget, self.totals)
         policies.scheduler.reset()
         self.running: list[Sequence] = []
         """Sequences that hold device blocks, oldest admission first."""
@@ -88,6 +91,10 @@ class Seats:
         """Whether the scheduler's last decision still holds."""
         self._ended: list[int] = []
         """Sequences that have given up their blocks since the last step."""
+
+    def _prefetch_fate(self, block: Block, fate: Fate) -> None:
+        if self.prefetching is not None:
+            self.prefetching.hear(block, fate)
 
     def _check_fits(self, seq: Sequence) -> None:
         """Raise if the sequence could not even run alone."""
@@ -157,6 +164,8 @@ class Seats:
                 return self._refuse_for_now(seq, match)
             # Alone, and the prefix itself is in the way (pinned, or splitting the only run): start from nothing.
             match = NO_MATCH
+        if self.prefetching is not None:
+            self.prefetching.used(seq, len(match.blocks))
         if readmitted:
             again = max(0, seq.num_tokens - 1 - match.num_tokens)
             seq.recomputed_tokens += again
@@ -206,9 +215,11 @@ class Seats:
                 return False
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _preempt(self, seq: Sequence, *, spoiled: bool = False) -> None:
+        """Put a running sequence back to the front of the queue; ``spoiled`` blocks are not worth swapping out."""
         self._stop(seq)
-        swapped = self.policies.preemption.mode(seq) == "swap" and self.cache.swap_out(seq.table)
+        swap = not spoiled and self.policies.preemption.mode(seq) == "swap"
+        swapped = swap and self.cache.swap_out(seq.table)
         if not swapped:
             self.cache.release(seq.table, returns=True)
         seq.num_preemptions += 1
@@ -217,7 +228,31 @@ class Seats:
         seq.status = Status.WAITING
         self.waiting.appendleft(seq)
         self._ended.append(seq.seq_id)
-        self.events.record(ev.REQUEST_PREEMPTED, seq.seq_id, detail="swap" if swapped else "recompute")
+        how = "swap" if swapped else "fault" if spoiled else "recompute"
+        self.events.record(ev.REQUEST_PREEMPTED, seq.seq_id, detail=how)
+
+    def _suffer(self, damage: Damage) -> list[Sequence]:
+        """Count faults, forget what was spoiled, and have those who were given some of it start over; return who had
+        been running.
+        """
+        self.totals.tier_faults += len(damage.faults)
+        for tier, block, reason in damage.faults:
+            self.events.record(ev.TIER_FAULT, blocks=(block,), medium=TIER_NAMES[tier], detail=reason)
+        spoiled = self.cache.spoiled(damage.spoiled)
+        self._stands = False
+        size = self.config.block_size
+        hit = [
+            seq
+            for seq in reversed(self.running)
+            # What lies beyond is not written yet.
+            if not spoiled.isdisjoint(seq.table.blocks[: -(-seq.num_computed // size)])
+        ]
+        for seq in hit:
+            self._preempt(seq, spoiled=True)
+        for seq in self.waiting:
+            if not spoiled.isdisjoint(seq.table.host_blocks):
+                self.cache.release(seq.table)
+        return hit
 
     def _stop(self, seq: Sequence) -> None:
         """Take a running sequence out of the running; its blocks stay as they are."""

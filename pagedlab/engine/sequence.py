@@ -11,6 +11,7 @@ from pagedlab.engine.decoders import Decoders
 from pagedlab.engine.records import StepRecord, step_ends
 from pagedlab.engine.request import Request
 from pagedlab.engine.script import Script
+from pagedlab.policies.block import Origin
 from pagedlab.policies.lookup import make_prefix
 from pagedlab.policies.prompt import HashedTokens
 
@@ -219,6 +220,11 @@ class Sequence:
     def salt(self) -> Hashable:
         """The request's tenant."""
         return self.group.request.salt
+
+    @property
+    def origin(self) -> Origin:
+        """What its request said of where it comes from."""
+        return self.table.origin
 
     def __repr__(self) -> str:
         progress = f"{self.num_computed}/{self.num_tokens} tokens"

@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from pagedlab.costs.shape import ModelShape
-from pagedlab.engine.orders import TIER_NAMES, Move, SequenceStep, StepOrders, StepResult
+from pagedlab.engine.orders import DISK, TIER_NAMES, Damage, Move, SequenceStep, StepOrders, StepResult
 from pagedlab.errors import ConfigError, InvariantBroken
+from pagedlab.executors.disk import BlockFile, SlotFault, Spoils
 from pagedlab.executors.linears import FastPath
 from pagedlab.executors.loading import dtype_name, load_model
 from pagedlab.executors.probe import Place, probe_logits
@@ -84,6 +85,8 @@ class ModelExecutor:
         self.shape = _shape_of(self.model)
         self.num_blocks = self.block_size = self.host_blocks = 0
         self._tiers: tuple[list[torch.Tensor], ...] = ([], [])
+        self.disk: BlockFile | None = None
+        self._spoils = Spoils()
         self._rows = _Rows(layout, 0, 0)
         self.fast_path = FastPath()
         if fast and self.loaded.dtype != torch.float64:
@@ -96,12 +99,22 @@ class ModelExecutor:
 
     def release(self) -> PreTrainedModel:
         """Give the model back as it was: its own attention, its own layers. The executor cannot be used afterwards."""
+        self._close_disk()
         self.fast_path.remove()
         self.model.set_attn_implementation(self.loaded.own_attention)
         return self.model
 
-    def prepare(self, *, num_blocks: int, block_size: int, host_blocks: int, max_num_seqs: int) -> None:
-        """Allocate the cache of both tiers for a run, and forget the last one.
+    def prepare(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        host_blocks: int,
+        max_num_seqs: int,
+        disk_blocks: int = 0,
+        disk_path: str | None = None,
+    ) -> None:
+        """Allocate the cache of every tier for a run, and forget the last one.
 
         Raises `ConfigError` if a size is out of range or the memory does not suffice.
         """
@@ -109,8 +122,10 @@ class ModelExecutor:
         for name, size in sizes.items():
             if size < 1:
                 raise ConfigError(f"{name} must be 1 or more, not {size}")
-        if host_blocks < 0:
-            raise ConfigError(f"host_blocks must be 0 or more, not {host_blocks}")
+        for name, size in (("host_blocks", host_blocks), ("disk_blocks", disk_blocks)):
+            if size < 0:
+                raise ConfigError(f"{name} must be 0 or more, not {size}")
+        self._close_disk()
         self._tiers = ([], [])  # The old run's tensors go before the new ones come.
         try:
             self._tiers = (
@@ -123,6 +138,8 @@ class ModelExecutor:
                 f"no memory for a cache of {total / 2**30:.2f} GiB; lower num_blocks ({error})"
             ) from None
         self.num_blocks, self.block_size, self.host_blocks = num_blocks, block_size, host_blocks
+        if disk_blocks:
+            self.disk = BlockFile(disk_blocks, self.kv_bytes_per_block, disk_path)
         self._caches = dict(zip(self.loaded.layers, _pairs(self._tiers[0]), strict=True))
         max_blocks = min(num_blocks, -(-self.max_model_len // block_size))
         self._rows = _Rows(self.layout, max_num_seqs, max_blocks)
@@ -143,6 +160,10 @@ class ModelExecutor:
     def move(self, moves: deque[Move]) -> None:
         """Carry out ``moves`` from the left, popping each once all layers have it."""
         while moves:
+            if DISK in (moves[0].src_tier, moves[0].dst_tier):
+                self._move_slot(moves[0])
+                moves.popleft()
+                continue
             group = _independent(moves)
             for tier, block in ((m.src_tier, m.src) for m in group):
                 self._check_block(tier, block)
@@ -161,11 +182,59 @@ class ModelExecutor:
                     for src, dst in zip(source, target, strict=True):
                         dst.index_copy_(0, there, src.index_select(0, here).to(dst.device))
             # Nothing in a group reads what it writes, so one that a fault cuts short can be done again from its start.
-            for _ in group:
+            for move in group:
+                if not self._spoils.passed_on(move):
+                    self._spoils.done(move)
                 moves.popleft()
 
+    def _move_slot(self, move: Move) -> None:
+        """Copy a block to the disk or up from it, by way of the file's buffer. One that fails spoils its target."""
+        file = self.disk
+        self._check_block(move.src_tier, move.src)
+        self._check_block(move.dst_tier, move.dst)
+        assert file is not None
+        if self._spoils.passed_on(move):
+            if move.dst_tier == DISK:
+                file.forget(move.dst)
+            return
+        staging = torch.frombuffer(file.staging, dtype=torch.uint8)
+        try:
+            if move.dst_tier == DISK:
+                self._each_part(self._tiers[move.src_tier], move.src, staging, write=False)
+                file.store(move.dst)
+            else:
+                file.load(move.src)
+                self._each_part(self._tiers[move.dst_tier], move.dst, staging, write=True)
+        except SlotFault as fault:
+            self._spoils.failed(move, str(fault))
+        else:
+            self._spoils.done(move)
+
+    @torch.inference_mode()
+    def _each_part(self, tier: list[torch.Tensor], block: int, staging: torch.Tensor, *, write: bool) -> None:
+        """Copy a block of every layer's keys and values from ``staging``, one after the other, or to it."""
+        at = 0
+        for cache in tier:
+            part = cache[block]
+            end = at + part.nbytes
+            room = staging[at:end].view(part.dtype).view(part.shape)
+            if write:
+                part.copy_(room)
+            else:
+                room.copy_(part)
+            at = end
+
+    def take_damage(self) -> Damage | None:
+        """See `pagedlab.engine.orders.Fallible`."""
+        return self._spoils.take()
+
+    def _close_disk(self) -> None:
+        if self.disk is not None:
+            self.disk.close()
+        self.disk, self._spoils = None, Spoils()
+
     def _check_block(self, tier: int, block: int) -> None:
-        size = (self.num_blocks, self.host_blocks)[tier]
+        size = (self.num_blocks, self.host_blocks, 0 if self.disk is None else self.disk.num_blocks)[tier]
         if not 0 <= block < size:
             raise InvariantBroken(f"no block {block} in tier {TIER_NAMES[tier]}, which has {size}")
 

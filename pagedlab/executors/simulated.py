@@ -48,7 +48,16 @@ class SimulatedExecutor:
         self.kv_bytes_per_block = 0
         """Bytes of one block's keys and values, all layers (0 before `prepare`, or if unknown)."""
 
-    def prepare(self, *, num_blocks: int, block_size: int, host_blocks: int, max_num_seqs: int) -> None:
+    def prepare(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        host_blocks: int,
+        max_num_seqs: int,
+        disk_blocks: int = 0,
+        disk_path: str | None = None,
+    ) -> None:
         """Forget the last run."""
         self.kv_bytes_per_block = 0 if self.shape is None else block_size * self.shape.kv_bytes_per_token
         self._transfer = 0
@@ -72,20 +81,32 @@ class SimulatedExecutor:
         """See `pagedlab.costs.base.CostModel.linear`."""
         return self.cost.linear(work)
 
+    def load_ps(self, num_blocks: int, from_disk: int = 0) -> int:
+        """See `pagedlab.engine.orders.Scripted`."""
+        size, price = self.kv_bytes_per_block, self.cost.transfer_ps
+        host = price(num_blocks * size, "host")
+        return max(host, price(from_disk * size, "disk-read")) if from_disk else host
+
     def move(self, moves: deque[Move]) -> None:
         """Note what goes over the links; copies within a tier cost nothing beside a step."""
         moved = Moved().and_also(moves)
         moves.clear()
-        # The link is full-duplex: what comes up and what goes down do not wait for each other.
+        # The link is full-duplex: what comes up and what goes down do not wait for each other. A disk does one after
+        # the other, but not in the way of the link: what it has read goes on while it reads the next block.
+        size, price, transfer = self.kv_bytes_per_block, self.cost.transfer_ps, 0
         if blocks := max(moved.to_device, moved.to_host):
-            self._transfer += self.cost.transfer_ps(blocks * self.kv_bytes_per_block, "host")
+            transfer = self.load_ps(blocks)
+        if moved.from_disk or moved.to_disk:
+            disk = price(moved.from_disk * size, "disk-read") + price(moved.to_disk * size, "disk-write")
+            transfer = max(transfer, disk)
+        self._transfer += transfer
 
     def execute(self, orders: StepOrders) -> StepResult:
         """Return how long the step takes: transfers run beside the computation, layer by layer, and one that takes
         longer is waited for.
         """
         self.move(orders.moves)
-        duration = max(self.cost.step_ps(orders.work), self._transfer)
+        duration = max(self.cost.step_ps(orders.work), self._transfer, orders.wait_ps)
         self._transfer = 0
         return StepResult([], duration_ps=duration)
 

@@ -9,17 +9,22 @@ stale block, a lost copy) changes what is said, as it would with a real model, a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from pagedlab.engine.orders import DEVICE, HOST, Move, SequenceStep, StepOrders, StepResult
+from pagedlab.engine.orders import DEVICE, DISK, HOST, Damage, Move, SequenceStep, StepOrders, StepResult
+from pagedlab.executors.disk import Spoils
 
 EMPTY = -1
 """What a slot holds before anything is written to it."""
+SPOILED = -2
+"""What it holds where a move to it failed."""
 
 
 class StubExecutor:
     """Draws tokens from ``0 .. vocab_size - 1`` by a hash of the context that it reads through the block
     table.
+
+    ``disk_fault`` is asked about every move to and from the disk: why it fails, or None.
     """
 
     def __init__(
@@ -29,26 +34,49 @@ class StubExecutor:
         seed: int = 0,
         max_model_len: int = 4096,
         eos_token_id: int | None = None,
+        disk_fault: Callable[[Move], str | None] = lambda move: None,
     ) -> None:
         self.vocab_size = vocab_size
         self.seed = seed
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset() if eos_token_id is None else frozenset({eos_token_id})
+        self.disk_fault = disk_fault
 
-    def prepare(self, *, num_blocks: int, block_size: int, host_blocks: int, max_num_seqs: int) -> None:
+    def prepare(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        host_blocks: int,
+        max_num_seqs: int,
+        disk_blocks: int = 0,
+        disk_path: str | None = None,
+    ) -> None:
         """Start with empty slots in every tier."""
         self._block_size = block_size
         self._slots = {
-            DEVICE: [[EMPTY] * block_size for _ in range(num_blocks)],
-            HOST: [[EMPTY] * block_size for _ in range(host_blocks)],
+            tier: [[EMPTY] * block_size for _ in range(n)]
+            for tier, n in ((DEVICE, num_blocks), (HOST, host_blocks), (DISK, disk_blocks))
         }
+        self._spoils = Spoils()
 
     def move(self, moves: deque[Move]) -> None:
         """Copy whole blocks, in order."""
         while moves:
-            src_tier, src, dst_tier, dst = moves[0]
+            src_tier, src, dst_tier, dst = move = moves[0]
             self._slots[dst_tier][dst] = list(self._slots[src_tier][src])
+            if not self._spoils.passed_on(move):
+                reason = self.disk_fault(move) if DISK in (src_tier, dst_tier) else None
+                if reason is None:
+                    self._spoils.done(move)
+                else:
+                    self._slots[dst_tier][dst] = [SPOILED] * self._block_size
+                    self._spoils.failed(move, reason)
             moves.popleft()
+
+    def take_damage(self) -> Damage | None:
+        """See `pagedlab.engine.orders.Fallible`."""
+        return self._spoils.take()
 
     def execute(self, orders: StepOrders) -> StepResult:
         """Write the batch's tokens, then read each context back and draw."""

@@ -18,6 +18,7 @@ from pagedlab.lab.grid import differences
 from pagedlab.lab.job import WorkloadLike, as_workload
 from pagedlab.lab.results import Run, same_tokens
 from pagedlab.lab.simulate import simulate
+from pagedlab.policies.prefetch import ENDS, FATES
 from pagedlab.workloads import Workload
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 
 HOW = ("run", "simulate")
 
-_COUNTS = ("hit_ratio", "preemptions", "recomputed_tokens", "swapped_out", "mean_batch_size")
+_COUNTS = ("hit_ratio", "preemptions", "recomputed_tokens", "swapped_out", "tier_faults", "mean_batch_size")
 _MOVED = tuple(f"{what}_{link}" for what in ("blocks", "bytes") for link in measures.LINKS)
-_PREFETCH = tuple(f"prefetch_{fate}" for fate in ("done", "useful", "useless", "refused"))
+_PREFETCH = tuple(f"prefetch_{fate}" for fate in FATES)
 _TIMES = tuple(f"{t}_{m}" for t in measures.TIMES for m in ("mean", "p50", "p90", "p95", "p99"))
 
 _SHOWN: tuple[tuple[str, str, Callable[[Any], str] | None], ...] = (
@@ -52,8 +53,11 @@ _SHOWN: tuple[tuple[str, str, Callable[[Any], str] | None], ...] = (
     ("blocks_to_host", "moved to host", None),
     ("blocks_to_device", "moved to device", None),
     ("blocks_copied", "copied on write", None),
+    ("blocks_to_disk", "to disk", None),
+    ("blocks_from_disk", "from disk", None),
+    ("tier_faults", "disk faults", None),
     ("prefetch_done", "prefetched", None),
-    ("prefetch_useful", "… useful", None),
+    *((f"prefetch_{fate}", f"… {fate}", None) for fate in ENDS),
     ("mean_batch_size", "mean batch", None),
     ("waste", "KV waste", page.percent),
     ("waste_bound", "bound", page.percent),
@@ -85,11 +89,11 @@ class Comparison:
         """Return one row per configuration.
 
         Times are in seconds, with mean, p50, p90, p95 and p99 as in `Run.summary`, and so are blocks and bytes moved
-        over each link, and blocks prefetched. With a service level there are ``goodput_per_s`` and ``goodput_share``:
-        requests in time per second, and as a share of those finished. The memory shares ``stored_share`` …
-        ``free_share`` add up to 1 and are averaged over the time in which requests waited, or over the whole run if
-        none did. ``waste`` is the part of the memory held by running sequences that stores nothing over that same
-        time, ``waste_bound`` what PagedAttention expects of it: (block_size - 1) / 2 tokens a sequence.
+        over each link, and blocks prefetched, by how that ended. With a service level there are ``goodput_per_s`` and
+        ``goodput_share``: requests in time per second, and as a share of those finished. The memory shares
+        ``stored_share`` … ``free_share`` add up to 1 and are averaged over the time in which requests waited, or over
+        the whole run if none did. ``waste`` is the part of the memory held by running sequences that stores nothing
+        over that same time, ``waste_bound`` what PagedAttention expects of it: (block_size - 1) / 2 tokens a sequence.
         """
         import pandas as pd
 

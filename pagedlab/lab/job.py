@@ -91,6 +91,7 @@ class Job:
                 clock=engine_clock,
                 events=EventLog(enabled=events),
                 skip_ahead=skip_ahead,
+                knows_future=True,
             )
             for request in requests:
                 self.engine.add(request)
@@ -100,11 +101,12 @@ class Job:
             self.close()
             raise
 
-    @property
-    def idle_seconds(self) -> float:
-        """Real seconds until there is anything to do; 0 if there is work, or the clock is not a real one."""
-        until = self.engine.idle_until
-        if until is None or not isinstance(self.engine.clock, WallClock):
+    def rest(self) -> float:
+        """Return real seconds until there is anything to do; 0 if there is work, or the clock is not a real one.
+
+        A prefetcher whose time has come acts first.
+        """
+        if not isinstance(self.engine.clock, WallClock) or (until := self.engine.rest()) is None:
             return 0.0
         return max(0.0, to_seconds(until - self.engine.clock.now()))
 

@@ -108,7 +108,7 @@ class Live:
                 if self.paused:
                     await self._held(self._resumed.wait())
                     continue
-                if (idle := job.idle_seconds) > 0:
+                if (idle := job.rest()) > 0:
                     await asyncio.sleep(min(idle, 0.05))
                     continue
                 engine.step()

@@ -13,12 +13,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pagedlab.errors import ConfigError
+from pagedlab.policies.prefetch import FATES
 
 Array = NDArray[np.float64]
 Columns = dict[str, Any]
 """A table: each column a list, or a numpy array [num_rows] if it holds nothing but numbers."""
-LINKS = ("to_host", "to_device", "copied")
-"""Ways that blocks are moved: device to host, host to device, and copied inside the device, on write."""
+LINKS = ("to_host", "to_device", "copied", "to_disk", "from_disk")
+"""Ways that blocks are moved: device to host, host to device, copied inside the device (on write), host to disk, and
+disk to host, whence they go on to the device.
+"""
 
 MEMORY_KINDS = ("stored", "reserved", "internal", "external", "cached", "free")
 """Where a token slot can be; together they are the pool."""
@@ -40,8 +43,12 @@ def summarise(columns: dict[str, Columns], facts: dict[str, Any]) -> dict[str, A
     prompt tokens found in the cache at first admission. ``waste`` is the share of the memory held by running
     sequences that stores nothing: (reserved + internal + external) / (stored + reserved + internal + external).
     ``mean_batch_size`` is in sequences. ``blocks_to_host``, ``blocks_to_device`` and ``blocks_copied`` are the blocks
-    that were moved from the device to the host, back, and inside the device (copy-on-write); ``bytes_to_host`` ... are
-    the same in bytes, None where a block's weight is not known.
+    that were moved from the device to the host, back, and inside the device (copy-on-write); ``blocks_to_disk`` and
+    ``blocks_from_disk`` what was written to the disk tier and read from it (what was read went on to the device, so it
+    is in ``blocks_to_device`` too); ``bytes_to_host`` ... are the same in bytes, None where a block's weight is not
+    known. ``tier_faults`` counts the copies to and from the disk that failed. ``prefetch_done`` are the blocks that
+    were prefetched, each of which was in the end ``prefetch_useful``, ``_late``, ``_harmful`` or ``_useless``;
+    ``prefetch_refused`` found no room. See `pagedlab.policies.prefetch`.
     """
     requests, steps, totals = columns["requests"], columns["steps"], facts["totals"]
     reasons = requests["finish_reason"]
@@ -72,10 +79,8 @@ def summarise(columns: dict[str, Columns], facts: dict[str, Any]) -> dict[str, A
         "swapped_out": totals["swapped_out"],
         **{f"blocks_{link}": totals[f"blocks_{link}"] for link in LINKS},
         **{f"bytes_{link}": moved_bytes(totals[f"blocks_{link}"], facts) for link in LINKS},
-        "prefetch_done": totals["prefetch_done"],
-        "prefetch_useful": totals["prefetch_useful"],
-        "prefetch_useless": totals["prefetch_useless"],
-        "prefetch_refused": totals["prefetch_refused"],
+        "tier_faults": totals["tier_faults"],
+        **{f"prefetch_{fate}": totals[f"prefetch_{fate}"] for fate in FATES},
         "mean_batch_size": weighted(steps["running"], steps["duration"]),
         **{f"{kind}_share": shares[kind] for kind in MEMORY_KINDS},
         "kernel": facts["used"]["kernel"],

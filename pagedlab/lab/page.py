@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from pagedlab.policies.prefetch import ENDS
+
 _CELL = "text-align:left;padding:2px 10px"
 _SIZES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
@@ -96,11 +98,16 @@ def summary_rows(s: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("mean batch size", number(s["mean_batch_size"])),
     ]
-    if any(s[f"blocks_{link}"] for link in ("to_host", "to_device", "copied")):
+    if any(s[f"blocks_{link}"] for link in ("to_host", "to_device", "copied", "to_disk")):
         to_host, to_device, copied = (moved(s, link) for link in ("to_host", "to_device", "copied"))
         rows.append(("moved", f"{to_host} to the host, {to_device} to the device, {copied} copied on write"))
+    if s["blocks_to_disk"] or s["blocks_from_disk"]:
+        rows.append(("disk tier", f"{moved(s, 'to_disk')} written, {moved(s, 'from_disk')} read"))
+    if s["tier_faults"]:
+        rows.append(("disk faults", f"{s['tier_faults']}; what they lost was computed again"))
     if s["prefetch_done"]:
-        rows.append(("prefetched", f"{s['prefetch_done']} blocks, {s['prefetch_useful']} of them useful"))
+        ends = [f"{s[key]} {fate}" for fate in ENDS if s[key := f"prefetch_{fate}"]]
+        rows.append(("prefetched", f"{s['prefetch_done']} blocks: {', '.join(ends) or 'none used yet'}"))
     if s["kernel"]:
         rows.append(("kernel, layout", f"{s['kernel']}, {s['layout']}"))
     return rows

@@ -52,7 +52,13 @@ _TIMES = {
     "itl": "Inter-token latency (ITL)",
     "latency": "End-to-end latency",
 }
-_LINKS = {"to_host": "device to host", "to_device": "host to device", "copied": "inside the device"}
+_LINKS = {
+    "to_host": "device to host",
+    "to_device": "host to device",
+    "copied": "inside the device",
+    "to_disk": "host to disk",
+    "from_disk": "disk to host",
+}
 
 
 class Figure(MatplotlibFigure):
@@ -234,6 +240,8 @@ def _moved(run: Run) -> tuple[dict[str, Any], str]:
     """Return what each link that was used carried in each step, and in which unit."""
     steps = run.arrays("steps")
     blocks = {_LINKS[link]: steps[f"blocks_{link}"] for link in measures.LINKS}
+    # What a run of an older format does not know of (a disk) it did not have.
+    blocks = {name: n for name, n in blocks.items() if _recorded(n)} or blocks
     if not _recorded(*blocks.values()):
         return blocks, "blocks"
     blocks = {name: np.asarray(n) for name, n in blocks.items() if np.any(n)}
@@ -265,7 +273,7 @@ def _so_far(
     start, end = _times(steps)
     kept = _few(end)
     x = np.append(start[0], end[kept])
-    for (name, counts), colour, dash in zip(series.items(), _LINES, ("-", "--", "-.")):
+    for (name, counts), colour, dash in zip(series.items(), _LINES, ("-", "--", "-.", ":", (0, (5, 1)))):
         reached = np.cumsum(counts) if by_step else np.asarray(counts)
         y = np.append(0, reached[kept])
         ax.step(x, y, where="post", color=colour, linestyle=dash, linewidth=1.5, label=name)

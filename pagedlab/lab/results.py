@@ -19,6 +19,7 @@ from pagedlab.errors import ResultsError
 from pagedlab.events import Event
 from pagedlab.lab import page
 from pagedlab.lab.environment import environment
+from pagedlab.lab.loads import prefetched
 from pagedlab.lab.measures import DONE, LINKS, MEMORY_KINDS, Columns, Goodput, goodput, summarise
 from pagedlab.lab.steps import tables
 from pagedlab.lab.vocabulary import vocab_size
@@ -119,8 +120,9 @@ class Run:
                 "recomputed_tokens": engine.totals.recomputed_tokens,
                 "preemptions": engine.totals.preemptions,
                 "swapped_out": engine.totals.swapped_out,
+                "tier_faults": engine.totals.tier_faults,
                 **{f"blocks_{link}": n for link, n in engine.totals.moved._asdict().items()},
-                **{f"prefetch_{fate}": n for fate, n in engine.totals.prefetch.items()},
+                **{f"prefetch_{fate}": n for fate, n in engine.prefetched.items()},
             },
             "used": _used(executor),
             **environment(),
@@ -163,7 +165,8 @@ class Run:
     def steps(self) -> pd.DataFrame:
         """One row per step: start and duration (s), running and waiting sequences, tokens, and blocks moved.
 
-        ``moves`` is the sum of ``blocks_to_host``, ``blocks_to_device`` and ``blocks_copied`` (inside the device);
+        ``moves`` is the sum of ``blocks_to_host``, ``blocks_to_device``, ``blocks_copied`` (inside the device) and
+        ``blocks_to_disk``; ``blocks_from_disk`` are among those to the device;
         ``preemptions`` and ``recomputed_tokens`` count from the beginning of the run.
         """
         return self._frame("steps")
@@ -177,6 +180,17 @@ class Run:
     def memory(self) -> pd.DataFrame:
         """One row per step: where the pool's token slots were, in tokens and as shares of the pool."""
         return self._frame("memory")
+
+    @cached_property
+    def prefetch(self) -> pd.DataFrame:
+        """One row per block prefetched: ``time``, ``block``, ``key``, and its ``fate``: useful, late, harmful, useless.
+
+        ``fate_time`` is when that was known, None for a block that nobody had used when the run ended. Empty if the run
+        kept no event log.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(prefetched(self._columns["events"], ended=not self.interrupted))
 
     def columns(self, table: str) -> dict[str, list[Any]]:
         """Return a table as one list a column, without pandas."""

@@ -16,13 +16,24 @@ from typing import Any
 from pagedlab.errors import ResultsError
 from pagedlab.lab.measures import LINKS, Columns
 from pagedlab.lab.results import COLUMNS, Run
+from pagedlab.policies.prefetch import FATES
 
-FORMAT = 2
+FORMAT = 3
 """Of what `save_run` writes. It rises when a table or the totals get something new; older ones can still be read."""
 _ADDED: dict[int, dict[str, tuple[str, ...]]] = {
     2: {
         "steps": ("blocks_to_host", "blocks_to_device", "blocks_copied", "recomputed_tokens"),
         "totals": ("blocks_to_host", "blocks_to_device", "blocks_copied"),
+    },
+    3: {
+        "steps": ("blocks_to_disk", "blocks_from_disk"),
+        "totals": (
+            "blocks_to_disk",
+            "blocks_from_disk",
+            "tier_faults",
+            "prefetch_late",
+            "prefetch_harmful",
+        ),
     },
 }
 """What came with each format: what a run of an older one does not know is None."""
@@ -36,10 +47,8 @@ _TOTALS = [
     "recomputed_tokens",
     "preemptions",
     "swapped_out",
-    "prefetch_done",
-    "prefetch_refused",
-    "prefetch_useful",
-    "prefetch_useless",
+    "tier_faults",
+    *(f"prefetch_{fate}" for fate in FATES),
     *(f"blocks_{link}" for link in LINKS),
 ]
 

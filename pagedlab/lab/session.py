@@ -91,7 +91,7 @@ def drive(
     try:
         with _StopOnInterrupt() as stop, _seldom_collected():
             while engine.has_work and not stop.asked:
-                if (idle := job.idle_seconds) > 0:
+                if (idle := job.rest()) > 0:
                     wait_briefly(idle)
                     continue
                 if max_steps is None:

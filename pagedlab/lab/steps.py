@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 
 from pagedlab.engine.clock import PS_PER_SECOND
 from pagedlab.engine.records import StepRecord
-from pagedlab.lab.measures import Columns
+from pagedlab.lab.measures import LINKS, Columns
 
 _KINDS = ("stored", "reserved", "internal", "external", "cached", "free", "saved")
-_LINKS = ("to_host", "to_device", "copied")
 _FIELDS = ("step", "start", "duration", "count", "growth", "num_running", "num_waiting", "prefill_tokens",
            "decode_tokens", "preemptions", "recomputed_tokens", "context_tokens", "prefill_pairs")  # fmt: skip
 
@@ -26,7 +25,7 @@ def tables(records: Sequence[StepRecord], pool_tokens: int) -> tuple[Columns, Co
     """
     f = _columns(map(attrgetter(*_FIELDS), records), _FIELDS)
     m = _columns(map(attrgetter("memory"), records), _KINDS)
-    moved = _columns(map(attrgetter("moved"), records), _LINKS)
+    moved = _columns(map(attrgetter("moved"), records), LINKS)
     i = np.zeros(len(records), dtype=np.int64)
     counts = f.pop("count")
     if (counts > 1).any():
@@ -53,7 +52,8 @@ def tables(records: Sequence[StepRecord], pool_tokens: int) -> tuple[Columns, Co
         "waiting": f["num_waiting"],
         "prefill_tokens": f["prefill_tokens"],
         "decode_tokens": f["decode_tokens"],
-        "moves": sum(blocks.values()),
+        # What came from the disk went on to the device.
+        "moves": sum(blocks.values()) - blocks["blocks_from_disk"],
         **blocks,
         "preemptions": f["preemptions"],
         "recomputed_tokens": f["recomputed_tokens"],

@@ -25,7 +25,8 @@ from pagedlab.policies.kernel import Kernel
 from pagedlab.policies.layout import Layout
 from pagedlab.policies.lookup import ChainedHash, Lookup, RadixTree
 from pagedlab.policies.preemption import Preemption, Recompute, SwapOut
-from pagedlab.policies.prefetch import Prefetch, QueueLookahead
+from pagedlab.policies.prefetch import Load, Prefetch, QueueLookahead
+from pagedlab.policies.prefetchers import chains, oracle, sessions
 from pagedlab.policies.reservation import Reservation
 from pagedlab.policies.scheduler import ChunkedPrefill, IterationLevel, Scheduler, StaticBatch
 from pagedlab.policies.shelf import (
@@ -59,7 +60,7 @@ from pagedlab.policies.shelf import (
     WorkloadAware,
     WTinyLFU,
 )
-from pagedlab.policies.swap import Drop, HostTier, Swap
+from pagedlab.policies.swap import DiskTier, Drop, HostTier, Swap
 from pagedlab.policies.wrappers import Recorded, Timed
 
 __all__ = [
@@ -83,6 +84,7 @@ __all__ = [
     "ChainedHash",
     "ChunkedPrefill",
     "Clock",
+    "DiskTier",
     "Drop",
     "Eviction",
     "HitsPerToken",
@@ -93,6 +95,7 @@ __all__ = [
     "Kernel",
     "Layout",
     "LeafFirst",
+    "Load",
     "Lookup",
     "Marconi",
     "Pensieve",
@@ -120,11 +123,14 @@ __all__ = [
     "WorkloadAware",
     "allocator",
     "bounds",
+    "chains",
+    "costs",
     "eviction",
     "fair",
     "kernel",
     "layout",
     "lookup",
+    "oracle",
     "ordering",
     "param",
     "preemption",
@@ -132,6 +138,7 @@ __all__ = [
     "quota",
     "reservation",
     "scheduler",
+    "sessions",
     "shelf",
     "swap",
 ]

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 DEVICE = 0
 HOST = 1
-TIER_NAMES = ("device", "host")
+DISK = 2
+TIER_NAMES = ("device", "host", "disk")
 
 
 GONE = -1

@@ -19,15 +19,24 @@ from pagedlab.policies.eviction import Eviction, Score
 from pagedlab.registry import register
 
 
-def refuse_future(policies: Iterable[Policy]) -> None:
-    """Raise `ConfigError` if one of ``policies`` must know the future: an engine learns of requests as they come."""
+def refuse_future(policies: Iterable[Policy], *, knows_arrivals: bool = False) -> None:
+    """Raise `ConfigError` if one of ``policies`` must know a future that is not known.
+
+    ``knows_arrivals``: the whole workload was handed in, which is enough for a prefetcher. What blocks will be asked
+    for, as bounds of eviction want it, depends on the run.
+    """
     for policy in policies:
-        if getattr(policy, "needs_future", False):
+        if getattr(policy, "needs_future", False) and not (policy.slot == "prefetch" and knows_arrivals):
             raise ConfigError(_needs_future(policy))
 
 
 def _needs_future(policy: Policy) -> str:
     title = policy.name or type(policy).__name__
+    if policy.slot == "prefetch":
+        return (
+            f"prefetch {title!r} needs the future: run and simulate know it, which are handed the whole workload; "
+            "an engine that takes requests as they come does not"
+        )
     return (
         f"{policy.slot} {title!r} needs the future: use replay(trace, {policy.slot}={title!r}), which knows it; "
         "no run can"

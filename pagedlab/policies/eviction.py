@@ -105,7 +105,16 @@ class Eviction(Policy):
         score = self.priority(block)
         self._clock = now = self._clock + 1
         self._released[block] = now
-        heappush(self._heap, (score, now, block))
+        heap = self._heap
+        heappush(heap, (score, now, block))
+        if len(heap) > 2 * len(self._released) + 64:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Drop the entries of blocks that have been used or removed since."""
+        released = self._released
+        self._heap[:] = [entry for entry in self._heap if released.get(entry[2]) == entry[1]]
+        heapify(self._heap)
 
     def remove(self, block: Block) -> None:
         """The block's content is gone."""
@@ -121,9 +130,6 @@ class Eviction(Policy):
         if self.dynamic:
             front.clear()
             heap[:] = [(self.priority(block), at, block) for block, at in released.items()]
-            heapify(heap)
-        elif len(heap) > 2 * len(released) + 64:
-            heap[:] = [entry for entry in heap if released.get(entry[2]) == entry[1]]
             heapify(heap)
         self._forget_the_past()
         chosen: list[Block] = []
@@ -159,6 +165,11 @@ class Eviction(Policy):
     @property
     def partitioned(self) -> bool:
         """Whether it matters for whom room is made; read after `reset`."""
+        return False
+
+    @property
+    def reserves(self) -> bool:
+        """Whether some blocks are out of reach for some requests whatever happens; `Config` asks before any `reset`."""
         return False
 
     def limit(self, origin: Origin) -> int:
@@ -229,6 +240,8 @@ class LRU(Eviction):
     a look copies the oldest quarter, and victims come from the copy as long as they have not been used since. When a
     block was released says so: before the look, or after it.
     """
+
+    growth = "constant"
 
     def reset(self, *, capacity: int) -> None:
         self._capacity = capacity
@@ -305,6 +318,8 @@ class FIFO(Eviction):
     head takes them out of its way: they are older than the rest of the queue, so when they are released they wait
     before it, in a heap of their own. Each block is passed over once.
     """
+
+    growth = "constant"
 
     def reset(self, *, capacity: int) -> None:
         super().reset(capacity=capacity)

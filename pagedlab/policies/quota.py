@@ -45,7 +45,8 @@ class Quota(Eviction):
     shares divide the tier. A tenant that has used up its own gives up its own blocks, also while others are free; what
     another one keeps within its share is never given up for it; and a request that needs more than its tenant's share
     is refused. So each tenant's hits in a replay are those of a tier of its own, as large as its share, whatever the
-    others do. Sequences that run may use what is free beyond their tenant's share, until they end.
+    others do. Sequences that run may use what is free beyond their tenant's share, until they end. An allocator of
+    runs is refused: what is kept for one tenant could lie in the middle of the only run that another one can have.
 
     Each tenant has an ``inner`` of its own. O(log tenants) a victim and O(tenants) a request for room come on top.
     """
@@ -184,6 +185,10 @@ class Quota(Eviction):
     @property
     def partitioned(self) -> bool:
         return True
+
+    @property
+    def reserves(self) -> bool:
+        return self.reserved and bool(self._parsed())
 
     def limit(self, origin: Origin) -> int:
         return self._part(origin).quota if self.reserved else self._capacity

@@ -44,8 +44,8 @@ class Reservation(Policy):
 
     @abstractmethod
     def claim(self, sequence: Claimant, step_end: int, max_model_len: int) -> int:
-        """Return the tokens to have room for, in all. ``step_end`` is what this step fills; less than that is
-        raised to it.
+        """Return the tokens to have room for, in all: at least ``step_end``, which is what this step fills, and at
+        most ``max_model_len``. The engine raises a smaller claim.
         """
 
 

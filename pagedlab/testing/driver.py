@@ -8,13 +8,14 @@ stream of them can be shortened by leaving numbers out, and 0 means nothing at a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 TOP = 511
 """Largest number of a stream."""
 NO_ERROR = "answers_without_error"
 """The law that a policy breaks by raising an exception."""
+SAME = "same_input_same_decisions"
+"""The law that a policy breaks by deciding otherwise in the same run."""
 
 T = TypeVar("T")
 
@@ -38,6 +39,10 @@ class Line(NamedTuple):
 class Driver:
     """One policy and what is around it. ``size`` is the room that it has, ``codes`` what is going to be done."""
 
+    longest: ClassVar[int] = 40
+    """Operations of a stream at most."""
+    share: ClassVar[float] = 1.0
+    """How many streams are tried, compared with other slots: fewer where each takes long."""
     operations: ClassVar[tuple[str, ...]]
     """Names of methods that take an argument from 0 to ``TOP // len(operations)``; the first is the most ordinary."""
 
@@ -49,6 +54,8 @@ class Driver:
         self.lines: list[Line] = []
         self.options = options
         self.error_law = NO_ERROR
+        self.over = False
+        """Whether a law is broken, so that nothing that follows means anything."""
         self.begin(codes)
 
     def begin(self, codes: Sequence[int]) -> None:
@@ -122,9 +129,3 @@ def unequal(law: str, one: Driver, other: Driver, said: str) -> None:
 def _short(proof: Any) -> str:
     text = repr(proof)
     return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def same(one: Driver, other: Driver) -> bool:
-    """Whether two stories tell the same, asides left out."""
-    lines = ([line for line in driver.lines if not line.aside] for driver in (one, other))
-    return all(a == b for a, b in zip_longest(*lines))

@@ -7,7 +7,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -46,13 +49,31 @@ class Check:
 _checks: dict[str, list[Check]] = {slot: [] for slot in (EVERY_SLOT, *SLOTS)}
 
 
+@contextmanager
+def _same_dice() -> Iterator[None]:
+    """Laws seed everybody's random numbers and policies draw them; afterwards all go on as if nothing had been."""
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
 def law(slot: str) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
     """Decorator: the function ``check_<slot>_<name>`` is a law of that slot, and its docstring says what must hold."""
 
     def decorate(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
         name = function.__name__.removeprefix(f"check_{slot}_")
         summary = " ".join((function.__doc__ or "").split("\n\n")[0].split())
-        _checks[slot].append(Check(name, slot, summary, function))
+
+        def run(subject: Subject) -> None:
+            with _same_dice():
+                function(subject)
+
+        _checks[slot].append(Check(name, slot, summary, run))
         return function
 
     return decorate

@@ -45,8 +45,8 @@ def policy_machine(slot: str, factory: Callable[[], Policy]) -> type[RuleBasedSt
         self.driver = kind(factory(), size, **_OPTIONS[slot])
 
     def teardown(self: Any) -> None:
-        if hasattr(self, "driver"):
-            _guard(self.driver.finish)
+        if hasattr(self, "driver") and not self.driver.over:
+            _guard(self.driver, "finish")
 
     namespace: dict[str, Any] = {
         "start": initialize(size=SIZES)(start),
@@ -61,15 +61,15 @@ def policy_machine(slot: str, factory: Callable[[], Policy]) -> type[RuleBasedSt
 
 def _doing(operation: str) -> Callable[[Any, int], None]:
     def do(self: Any, argument: int) -> None:
-        driver: Driver = self.driver
-        _guard(getattr(driver, operation), argument)
+        _guard(self.driver, operation, argument)
 
     do.__name__ = operation
     return do
 
 
-def _guard(method: Callable[..., object], *arguments: int) -> None:
+def _guard(driver: Driver, operation: str, *arguments: int) -> None:
     try:
-        method(*arguments)
+        getattr(driver, operation)(*arguments)
     except Broke as broke:
+        driver.over = True
         raise LawBroken(f"{broke.law}: {broke.story}") from None

@@ -79,9 +79,9 @@ class LawItem(pytest.Item):
         self.check.run(self.parent.subject)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """Return the story of a broken law, without the way to it."""
+        """Return the story of a broken law, without a traceback."""
         if isinstance(excinfo.value, LawBroken):
-            return f"{self.check.summary}\n  {excinfo.value}"
+            return f"{excinfo.value}\nThe law: {self.check.summary}"
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Any, int | None, str]:

@@ -43,8 +43,9 @@ def parameter_values(parameter: Parameter) -> st.SearchStrategy[Any]:
         return st.just(parameter.default) | st.integers(low, high)
     if parameter.type is float and parameter.low is not None and parameter.high is not None:
         return st.just(parameter.default) | st.floats(parameter.low, parameter.high, allow_nan=False)
-    if parameter.name in SLOTS and parameter.type is str:
-        return st.sampled_from(servable(parameter.name))
+    slot = parameter.name.rpartition("_")[2]  # "disk_eviction" names an eviction policy
+    if slot in SLOTS and parameter.type is str:
+        return st.sampled_from(servable(slot))
     return st.just(parameter.default)
 
 
@@ -72,6 +73,8 @@ def configs(draw: st.DrawFn, /, **fixed: Any) -> Config:
         num_blocks=draw(st.integers(2, 10_000)),
         block_size=draw(st.integers(1, 256)),
         host_blocks=draw(st.none() | st.integers(1, 10_000)),
+        disk_blocks=draw(st.none() | st.integers(1, 10_000)),
+        disk_path=draw(st.sampled_from((None, "folder", "ordner/mit ü"))),
         max_num_seqs=draw(st.integers(1, 1024)),
         max_num_batched_tokens=draw(st.integers(1, 100_000)),
         max_model_len=draw(st.none() | st.integers(1, 1_000_000)),

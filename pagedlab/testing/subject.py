@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import random
 import sys
+from collections.abc import Callable
+from functools import cached_property
 from importlib import import_module, util
 from pathlib import Path
 from typing import Any
 
-from pagedlab.errors import ConfigError, nearest
+from pagedlab.errors import ConfigError, LawBroken, nearest
 from pagedlab.policies.base import Policy
 from pagedlab.registry import SLOTS, lookup_class, policy_names
-from pagedlab.testing.driver import Broke, Driver
+from pagedlab.testing.driver import SAME, Broke, Driver, unequal
 from pagedlab.testing.drivers import driver_class
-from pagedlab.testing.search import LONGEST, search
+from pagedlab.testing.law import Skipped
+from pagedlab.testing.search import search, survey
 
 
 class Subject:
@@ -22,27 +26,68 @@ class Subject:
         self.policy = policy
         self.slot = policy.slot
         self.title = policy.name or type(policy).__name__
+        self.unseeded = False
+        self._found: dict[tuple[Any, ...], dict[str, str]] = {}
 
     def fresh(self) -> Any:
         """Return a new policy with the same parameters, made by its class and not by `clone`."""
         return type(self.policy)(**self.policy.get_params())
 
     def driver(self, size: int, codes: list[int], policy: Any = None, **options: Any) -> Driver:
-        """Return a driver around ``policy`` (a fresh one), which is going to be given ``codes``."""
+        """Return a driver around ``policy`` (a fresh one), which is going to be given ``codes``.
+
+        Random numbers that nobody seeded are the same every time; one law makes them differ.
+        """
+        if not self.unseeded:
+            random.seed(0)
         return driver_class(self.slot)(self.fresh() if policy is None else policy, size, codes, **options)
 
-    def hold(self, law: str, *, longest: int = LONGEST, **options: Any) -> None:
-        """Raise `LawBroken` if a driver says of any stream that it broke ``law``."""
-        search(law, lambda size, codes: self.driver(size, codes, **options).run(codes), longest=longest)
+    def hold(self, law: str, **options: Any) -> None:
+        """Raise `LawBroken` if a driver says of any stream that it broke ``law``.
 
-    def started(self, size: int, codes: list[int], **options: Any) -> tuple[Driver, Broke | None]:
-        """Return a driver that went as far as it could, and what stopped it."""
-        driver = self.driver(size, codes, **options)
+        All laws that are held with the same options look at the same streams, which are tried once for all of them.
+        """
+        key, kind = tuple(sorted(options.items())), driver_class(self.slot)
+
+        def attempt(size: int, codes: list[int]) -> None:
+            self.driver(size, codes, **options).run(codes)
+
+        if key not in self._found:
+            self._found[key] = survey(attempt, longest=kind.longest, share=kind.share)
+        found = self._found[key]
+        if law in found:
+            self.search(law, attempt)
+            raise LawBroken(found[law])  # it does not happen every time
+        if found and "" not in found:
+            raise Skipped(f"no stream got to its end: see {' and '.join(found)}")
+
+    def equal(self, law: str, one: Driver, other: Driver, said: str) -> None:
+        """Raise `Broke` if the stories of two runs differ; ``said`` introduces what ``one``, an ordinary run, had told.
+
+        A policy that decides otherwise in the same run has broken another law than this one.
+        """
         try:
-            driver.run(codes)
+            unequal(law, one, other, said)
         except Broke as broke:
-            return driver, broke
-        return driver, None
+            if law != SAME and not self.repeats:
+                raise Broke(SAME, broke.story) from None
+            raise
+
+    @cached_property
+    def repeats(self) -> bool:
+        """Whether it decides the same when it is asked the same."""
+        kind = driver_class(self.slot)
+
+        def twice(size: int, codes: list[int]) -> None:
+            one, again = (self.driver(size, codes).run(codes) for _ in range(2))
+            unequal(SAME, one, again, "the first time:")
+
+        return SAME not in survey(twice, longest=kind.longest, share=kind.share)
+
+    def search(self, law: str, attempt: Callable[[int, list[int]], object], *, share: float = 1.0) -> None:
+        """`search` with streams as long as the slot's driver takes them."""
+        kind = driver_class(self.slot)
+        search(law, attempt, longest=kind.longest, operations=len(kind.operations), share=share * kind.share)
 
 
 def find_policy(policy: Any) -> Policy:

@@ -22,8 +22,10 @@ import numpy as np
 import traitlets
 from numpy.typing import ArrayLike, NDArray
 
+from pagedlab.cache.pool import BlockPool
 from pagedlab.engine.engine import Engine
-from pagedlab.policies.block import DEVICE
+from pagedlab.engine.sequence import Sequence
+from pagedlab.policies.block import DEVICE, Block
 
 NUM_COLORS = 6
 FREE = 0
@@ -62,6 +64,7 @@ LABELS = {
     "null": "null block",
 }
 HOST_LABELS = {**LABELS, "running": "swapped out (one colour per sequence)", "shared": "", "claimed": ""}
+DISK_LABELS = {**HOST_LABELS, "running": ""}
 """An empty label leaves a kind that does not occur out of the legend."""
 
 Codes = NDArray[np.uint8]
@@ -114,7 +117,7 @@ def default_columns(num_blocks: int) -> int:
 
 def read_pool(engine: Engine, tier: int = DEVICE) -> tuple[Codes, Notes, dict[str, str]]:
     """Return codes and notes of a tier's blocks, and the names of the sequences that hold some. O(blocks)."""
-    pool = engine.cache.host if tier else engine.cache.device
+    pool = _pool(engine, tier)
     if pool is None:
         return np.zeros(0, np.uint8), np.zeros(0, np.int32), {}
     n = len(pool.blocks)
@@ -126,7 +129,7 @@ def read_pool(engine: Engine, tier: int = DEVICE) -> tuple[Codes, Notes, dict[st
     notes[where] = [b.hits for b in cached]
     names: dict[str, str] = {}
     for seq in (*engine.running, *engine.waiting):
-        held = [b.index for b in seq.table.host_blocks] if tier else seq.table.indices
+        held = [b.index for b in _held(seq, tier)] if tier else seq.table.indices
         if held:
             filled = len(held) if tier else -(-seq.num_computed // pool.block_size)
             codes[held[:filled]] = SEQUENCE + seq.seq_id % NUM_COLORS
@@ -140,6 +143,16 @@ def read_pool(engine: Engine, tier: int = DEVICE) -> tuple[Codes, Notes, dict[st
     return codes, notes, names
 
 
+def _pool(engine: Engine, tier: int) -> BlockPool | None:
+    return engine.cache.pools[tier] if tier < len(engine.cache.pools) else None
+
+
+def _held(sequence: Sequence, tier: int) -> list[Block]:
+    """The sequence's blocks in a tier: in the host's those of one that is swapped out, in the disk's none."""
+    table = sequence.table
+    return (table.blocks, table.host_blocks, [])[tier]
+
+
 def name_of(request_id: str, sample_index: int = 0, limit: int = 40) -> str:
     """Return a sequence's name as tooltips show it, cut to ``limit`` characters."""
     name = request_id if not sample_index else f"{request_id} #{sample_index}"
@@ -148,7 +161,7 @@ def name_of(request_id: str, sample_index: int = 0, limit: int = 40) -> str:
 
 def describe_block(engine: Engine, index: int, tier: int = DEVICE) -> str:
     """Return one line on a block: its state, who holds it, which tokens it has, how often it was hit."""
-    pool = engine.cache.host if tier else engine.cache.device
+    pool = _pool(engine, tier)
     if pool is None or not 0 <= index < len(pool.blocks):
         return ""
     block = pool.blocks[index]
@@ -156,7 +169,7 @@ def describe_block(engine: Engine, index: int, tier: int = DEVICE) -> str:
     holders = [
         name_of(s.request_id, s.sample_index)
         for s in (*engine.running, *engine.waiting)
-        if block in (s.table.host_blocks if tier else s.table.blocks)
+        if block in _held(s, tier)
     ]
     if index < pool.reserved:
         words.append("null block, never handed out")

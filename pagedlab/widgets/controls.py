@@ -35,9 +35,14 @@ SIZES: dict[str, tuple[str, str]] = {
     "num_blocks": ("blocks", "blocks of the device tier"),
     "block_size": ("tokens a block", "tokens that one block holds"),
     "host_blocks": ("host blocks", "blocks of the host tier; empty: the device's number if a policy uses it"),
+    "disk_blocks": (
+        "disk blocks",
+        "blocks of the disk tier; empty: four times the host's if a policy uses it",
+    ),
     "max_num_seqs": ("sequences", "sequences that may run at once"),
     "max_num_batched_tokens": ("tokens a step", "token budget: tokens computed in one step at most"),
 }
+_MAY_BE_EMPTY = ("host_blocks", "disk_blocks")
 CUSTOM = "custom"
 DEFAULT = "default"
 
@@ -233,7 +238,7 @@ class ConfigForm(ipw.VBox):
         common = {"description": label, "tooltip": help_text, "style": {"description_width": "initial"}}
         width = ipw.Layout(width=f"{68 + 7 * len(label)}px")
         control: ipw.Widget
-        if name == "host_blocks":
+        if name in _MAY_BE_EMPTY:
             control = ipw.Text(placeholder="auto", continuous_update=False, layout=width, **common)
         else:
             control = ipw.BoundedIntText(value=1, min=1, max=1 << 40, layout=width, **common)
@@ -249,10 +254,9 @@ class ConfigForm(ipw.VBox):
         values: dict[str, Any] = {slot: row.policy() for slot, row in self._rows.items()}
         for name, control in self._sizes.items():
             values[name] = control.value
-        text = values["host_blocks"].strip()
-        values["host_blocks"] = (
-            None if text in ("", "auto") else int(text) if text.lstrip("-").isdigit() else text
-        )
+        for name in _MAY_BE_EMPTY:
+            text = values[name].strip()
+            values[name] = None if text in ("", "auto") else int(text) if text.lstrip("-").isdigit() else text
         return self._base.replace(**values)
 
     @config.setter
@@ -301,7 +305,7 @@ class ConfigForm(ipw.VBox):
             row.set(config.policy(slot))
         for name, control in self._sizes.items():
             value = getattr(config, name)
-            control.value = ("" if value is None else str(value)) if name == "host_blocks" else value
+            control.value = ("" if value is None else str(value)) if name in _MAY_BE_EMPTY else value
         self._model.value = f"model {config.model}"
 
     def _preset_chosen(self, change: Any) -> None:
@@ -311,7 +315,7 @@ class ConfigForm(ipw.VBox):
                 k: getattr(self._base, k)
                 for k in ("model", "dtype", "device", "max_model_len", "seed", "num_threads")
             }
-            keep |= {k: self._sizes[k].value for k in SIZES if k != "host_blocks"}
+            keep |= {k: self._sizes[k].value for k in SIZES if k not in _MAY_BE_EMPTY}
             self._load(Config(**keep) if name == DEFAULT else Config.preset(name, **keep))
 
     def _edited(self) -> None:

@@ -24,8 +24,8 @@ from pagedlab.errors import PagedLabError
 from pagedlab.lab.live import Live
 from pagedlab.lab.live import start as start_live
 from pagedlab.lab.results import Run
-from pagedlab.policies.block import DEVICE, HOST, TIER_NAMES
-from pagedlab.widgets.blockmap import HOST_LABELS, BlockMap, describe_block, name_of, read_pool
+from pagedlab.policies.block import DEVICE, DISK, HOST, TIER_NAMES
+from pagedlab.widgets.blockmap import DISK_LABELS, HOST_LABELS, BlockMap, describe_block, name_of, read_pool
 from pagedlab.widgets.controls import ConfigForm, one_line
 
 _STYLE = f"<style>{files('pagedlab.widgets').joinpath('static/live.css').read_text(encoding='utf-8')}</style>"
@@ -39,8 +39,9 @@ _TOLD = {
     ev.PREFIX_HIT: "{who} hit a cached prefix of {detail}",
     ev.BLOCK_REMOVED: "{n} blocks evicted",
     ev.BLOCKS_SAVED: "{n} blocks saved to the host",
-    ev.BLOCKS_LOADED: "{n} blocks loaded from the host",
+    ev.BLOCKS_LOADED: "{n} blocks loaded from the {medium}",
     ev.BLOCKS_PREFETCHED: "{n} blocks prefetched",
+    ev.TIER_FAULT: "a block of the {medium} was lost: {detail}",
 }
 _TICKER_LINES = 4
 _RECENT_STEPS = 32
@@ -109,6 +110,7 @@ class LiveRun(ipw.VBox):
         self.maps = {
             DEVICE: BlockMap(1, max_fps=max_fps),
             HOST: BlockMap(1, max_fps=max_fps, labels=HOST_LABELS, max_cell=12),
+            DISK: BlockMap(1, max_fps=max_fps, labels=DISK_LABELS, max_cell=12),
         }
         for tier, block_map in self.maps.items():
             block_map.add_class(f"pl-map-{TIER_NAMES[tier]}")
@@ -231,7 +233,8 @@ class LiveRun(ipw.VBox):
 
     def _lay_out(self, config: Config) -> None:
         """Give the maps the sizes of ``config``."""
-        for tier, n in ((DEVICE, config.num_blocks), (HOST, config.num_host_blocks)):
+        sizes = (config.num_blocks, config.num_host_blocks, config.num_disk_blocks)
+        for tier, n in enumerate(sizes):
             self.maps[tier].layout.display = None if n else "none"
             title = f"{TIER_NAMES[tier].capitalize()}: {n:,} blocks of {config.block_size} tokens"
             self.maps[tier].resize(max(n, 1), title=title)
@@ -259,7 +262,10 @@ class LiveRun(ipw.VBox):
         for event in deque(told, maxlen=_TICKER_LINES):
             who = event.detail if event.kind == ev.REQUEST_ADMITTED else _who(engine, event.seq_id)
             line = _TOLD[event.kind].format(
-                who=name_of(who), n=len(event.blocks), detail=name_of(event.detail, limit=60)
+                who=name_of(who),
+                n=len(event.blocks),
+                medium=event.medium,
+                detail=name_of(event.detail, limit=60),
             )
             if event.kind == ev.BLOCK_REMOVED and event.medium != "device":
                 line += f" from the {event.medium}"

@@ -56,52 +56,51 @@ class Serving(Driver):
     engine, where it would work with a clone.
     """
 
+    longest: ClassVar[int] = 14
+    share: ClassVar[float] = 0.4
     operations: ClassVar[tuple[str, ...]] = (
         "arrive",
-        "steps",
         "arrive_like_before",
+        "step_once",
+        "arrive",
         "steps",
-        "cancel_or_clear",
+        "disturb",
     )
 
     def begin(self, codes: Sequence[int]) -> None:
         """Build the engine around a clone of the policy."""
         if self.options.get("reuse"):
             vars(self.policy)["clone"] = lambda: self.policy
-        around = {**_SURROUNDINGS[(self.size - 1) % len(_SURROUNDINGS)], self.policy.slot: self.policy}
+        around = dict(_SURROUNDINGS[(self.size - 1) % len(_SURROUNDINGS)])
+        if self.policy.slot == "prefetch":  # who is to bring something up needs a tier below, and a queue
+            around.update(swap="host", lookup="chained-hash", max_num_seqs=3)
+        around[self.policy.slot] = self.policy
         least = -(-MAX_MODEL_LEN // BLOCK_SIZE)
-        if self.policy.slot == "prefetch":
-            around = {
-                **_SURROUNDINGS[1],
-                "max_num_seqs": 2,
-                **around,
-                "swap": "host",
-                "lookup": "chained-hash",
-            }
         self.requests: list[Request] = []
         self.num_steps = 0
-        self.ended: set[str] = set()
-        self.config = Config(
+        self.config = self.ask(
+            "a Config with it",
+            Config,
             **{
-                "num_blocks": least + 1 + self.size // 2,
+                "num_blocks": least + self.size % 3,
                 "block_size": BLOCK_SIZE,
                 "max_num_seqs": 4,
                 "max_num_batched_tokens": 16,
                 "max_model_len": MAX_MODEL_LEN,
                 **around,
-            }
+            },
         )
         self.stub = StubExecutor(vocab_size=3, seed=self.size)
-        self.engine: Engine = self.ask("reset", Engine, self.config, self.stub, clock=StepClock())
+        # A yardstick may look ahead: all that is to come has been added, but for what comes while it runs.
+        known = bool(getattr(self.policy, "needs_future", False))
+        self.engine: Engine = self.ask(
+            "reset", Engine, self.config, self.stub, clock=StepClock(), knows_future=known
+        )
         self.asked = getattr(self.engine.policies, self.policy.slot)
         self.seen = 0
-        self.watch()
-
-    def watch(self) -> None:
-        """Look at what the policy answers, where a law says something about it."""
-        watched = self.options.get("watch")
-        if watched is not None:
-            watched(self)
+        watch = self.options.get("watch")
+        if watch is not None:
+            watch(self)
 
     # ---- operations ----------------------------------------------------------------------------------------------
 
@@ -121,7 +120,7 @@ class Serving(Driver):
     def add(self, prompt: list[int], argument: int) -> None:
         """Send a request."""
         name = str(len(self.requests))
-        max_tokens = 1 + argument // 3 % 5
+        max_tokens = 1 + (argument // 3 + 3) % 9
         n = 2 if argument % 11 == 10 else 1
         request = Request(
             request_id=name,
@@ -138,6 +137,10 @@ class Serving(Driver):
         refused = [s for s in self.engine.groups[name].sequences if s.finish_reason == "refused"]
         if refused:
             raise self.broke("what_fits_is_not_refused", f"request {name} is refused: {refused[0].error}")
+
+    def step_once(self, argument: int) -> None:
+        """The engine takes one step."""
+        self.one_step()
 
     def steps(self, argument: int) -> None:
         """The engine takes some steps."""
@@ -166,9 +169,11 @@ class Serving(Driver):
         name = next(name for name, group in groups if any(s.seq_id == event.seq_id for s in group.sequences))
         return f"{name} {_TOLD[event.kind]}"
 
-    def cancel_or_clear(self, argument: int) -> None:
+    def disturb(self, argument: int) -> None:
         """Somebody gives up, or the cache is cleared."""
-        if argument % 3 and self.requests:
+        if argument % 8 < 7:
+            if not self.requests:
+                return
             name = self.requests[argument % len(self.requests)].request_id
             if self.ask(f"cancel request {name}", self.guarded, self.engine.cancel, name):
                 self.tell(f"cancel request {name}")

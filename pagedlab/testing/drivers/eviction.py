@@ -47,13 +47,18 @@ class World(View):
 
 
 def path_of(argument: int) -> list[int]:
-    """Return the keys of one of 64 paths, first to last: four roots, up to three blocks, four branches."""
-    key = argument % 4
+    """Return the keys of a path, first to last: one to three blocks, four roots, four branches."""
+    key = argument // 3 % 4
     keys = [key]
-    for _ in range(argument // 4 % 4 - 1):
-        key = 4 + 4 * key + argument // 16 % 4
+    for _ in range(argument % 3):
+        key = 4 + 4 * key + argument // 12 % 4
         keys.append(key)
     return keys
+
+
+def again(paths: list[list[int]], argument: int) -> list[int]:
+    """Return a path that was asked for before, counted from the last."""
+    return paths[-1 - argument % len(paths)] if paths else path_of(0)
 
 
 class Tier(Driver):
@@ -63,21 +68,32 @@ class Tier(Driver):
     remove blocks.
     """
 
-    operations: ClassVar[tuple[str, ...]] = ("ask_for", "hold", "let_go", "evict", "look", "wait", "forget")
+    operations: ClassVar[tuple[str, ...]] = (
+        "ask_for",
+        "hold",
+        "let_go",
+        "ask_again",
+        "hold_again",
+        "evict",
+        "look",
+        "wait",
+        "forget",
+    )
 
     def begin(self, codes: Sequence[int]) -> None:
         """Reset the policy for an empty tier."""
         self.quick = self.options.get("quick", False)
         self.looks = self.options.get("look", False)
         self.forgets = self.options.get("forget", False)
-        if self.forgets:
-            self.error_law = REMOVED
         self.view = World()
-        self.view.queue = [
-            path_of((code - 1) // len(self.operations))
-            for code in codes
-            if (code - 1) % len(self.operations) < 2
-        ]
+        self.paths: list[list[int]] = []
+        """What was asked for so far."""
+        for code in codes:
+            argument, which = divmod(code - 1, len(self.operations))
+            if "again" in self.operations[which]:
+                self.view.queue.append(again(self.view.queue, argument))
+            elif which < 2:
+                self.view.queue.append(path_of(argument))
         self.cached: dict[int, Block] = {}
         self.held: list[list[Block]] = []
         self.spare = [Block(i, size=BLOCK_SIZE) for i in reversed(range(self.size))]
@@ -99,12 +115,25 @@ class Tier(Driver):
 
     def ask_for(self, argument: int) -> None:
         """A request that ends at once."""
-        if self.hold(argument):
+        if self.start(path_of(argument), argument):
             self.let_go(len(self.held) - 1)
 
-    def hold(self, argument: int) -> bool:
+    def hold(self, argument: int) -> None:
         """A request begins, and holds its blocks."""
-        path = path_of(argument)
+        self.start(path_of(argument), argument)
+
+    def ask_again(self, argument: int) -> None:
+        """A request for what an earlier one wanted; it ends at once."""
+        if self.start(again(self.paths, argument), argument):
+            self.let_go(len(self.held) - 1)
+
+    def hold_again(self, argument: int) -> None:
+        """A request for what an earlier one wanted begins, or that one itself, which was preempted."""
+        self.start(again(self.paths, argument), argument, readmitted=argument % 2 == 1)
+
+    def start(self, path: list[int], argument: int, *, readmitted: bool = False) -> bool:
+        """Admit a request; False if there is no room for it."""
+        self.paths.append(path)
         self.view.at += 1
         used = {block for blocks in self.held for block in blocks}
         found: list[Block] = []
@@ -119,8 +148,8 @@ class Tier(Driver):
         missing = path[len(found) :]
         for key in missing:
             self.observe(key)
-            self.tell(f"miss {self.name(key)}")
-            self.ask(f"miss({self.name(key)})", self.policy.miss, key)
+            self.tell(f"miss {self.name(key)}" + (" (readmitted)" if readmitted else ""))
+            self.ask(f"miss({self.name(key)})", self.policy.miss, key, readmitted)
         short = len(missing) - len(self.spare)
         if short > 0:
             self.give_up(short, ())
@@ -180,9 +209,8 @@ class Tier(Driver):
 
     def evict(self, argument: int) -> None:
         """Somebody makes room: up to as many victims as there are candidates, and one more."""
-        n, guard = 1 + argument % 4, argument // 4 % 8
-        cached = list(self.cached.values())
-        protected = [block for i, block in enumerate(cached) if guard >> (i % 3) & 1][:3] if guard else []
+        guard, n = argument % 8, 1 + argument // 8 % 4
+        protected = [block for i, block in enumerate(self.cached.values()) if guard >> i & 1]
         self.give_up(min(n, len(self.idle) + 1), protected)
 
     def look(self, argument: int) -> None:
@@ -199,9 +227,11 @@ class Tier(Driver):
 
     def forget(self, argument: int) -> None:
         """A block goes that nobody named, in use or not."""
-        block = self.cached.get(argument % 20)
+        keys = [key for path in self.paths for key in path]
+        block = self.cached.get(keys[argument % len(keys)]) if keys else None
         if block is None or not self.forgets or (self.careful and block.ref_count):
             return
+        self.error_law = REMOVED
         self.remove([block], "remove {}, which was forgotten" + (" while in use" if block.ref_count else ""))
 
     def finish(self) -> None:
@@ -276,7 +306,7 @@ class Tier(Driver):
         for block in chosen:
             cached = block.key is not None and self.cached.get(block.key) is block
             if not cached:
-                law = REMOVED if self.forgets else "victims_are_resident"
+                law = REMOVED if self.forgets and block in self.gone else "victims_are_resident"
                 raise self.broke(law, f"{told}; {self.name(block)} is not cached")
             if block.ref_count:
                 raise self.broke("victims_are_not_in_use", f"{told}; {self.name(block)} is in use")

@@ -15,14 +15,14 @@ ROWS, BLOCKS = 4, 24
 class Tables(Driver):
     """What the tables should be, row by row."""
 
-    operations: ClassVar[tuple[str, ...]] = ("open_or_append", "replace", "close", "append", "reopen")
+    operations: ClassVar[tuple[str, ...]] = ("open", "append", "replace", "close", "reopen")
 
     def begin(self, codes: Sequence[int]) -> None:
         """Reset, with all rows closed."""
         self.tables: dict[int, list[int]] = {}
         self.ask("reset", self.policy.reset, max_rows=ROWS, max_blocks=BLOCKS)
         self.next = 0
-        self.compare("reset", -1, "opened_tables_decode")
+        self.compare("reset", -1, "closed_rows_are_empty")
 
     def blocks(self, n: int) -> list[int]:
         """Return ``n`` numbers that were not used before."""
@@ -31,56 +31,56 @@ class Tables(Driver):
 
     # ---- operations ----------------------------------------------------------------------------------------------
 
-    def open_or_append(self, argument: int) -> None:
-        """Give a row a table, or add to it."""
-        row, n = argument % ROWS, argument // ROWS % 7
-        if row in self.tables:
-            self.append(argument)
+    def open(self, argument: int) -> None:
+        """Give a closed row a table."""
+        closed = [row for row in range(ROWS) if row not in self.tables]
+        if not closed:
             return
-        blocks = self.blocks(n)
+        row, blocks = closed[argument // 7 % len(closed)], self.blocks(argument % 7)
         said = f"open(row {row}, {blocks})"
         self.ask(said, self.policy.open, row, blocks)
         self.tables[row] = list(blocks)
         self.compare(said, row, "opened_tables_decode")
 
+    def some(self, argument: int) -> int | None:
+        """Return an open row."""
+        return list(self.tables)[argument % len(self.tables)] if self.tables else None
+
     def append(self, argument: int) -> None:
         """Add blocks to a row's table."""
-        row, n = argument % ROWS, 1 + argument // ROWS % 5
-        table = self.tables.get(row)
-        if table is None or len(table) + n > BLOCKS:
+        row, n = self.some(argument // 5), 1 + argument % 5
+        if row is None or len(self.tables[row]) + n > BLOCKS:
             return
         blocks = self.blocks(n)
         said = f"append(row {row}, {blocks})"
         self.ask(said, self.policy.append, row, blocks)
-        table += blocks
+        self.tables[row] += blocks
         self.compare(said, row, "appends_are_kept")
 
     def replace(self, argument: int) -> None:
         """Point one logical block at another physical one."""
-        row = argument % ROWS
-        table = self.tables.get(row)
-        if not table:
+        row = self.some(argument)
+        if row is None or not self.tables[row]:
             return
-        i, (block,) = argument // ROWS % len(table), self.blocks(1)
+        i, (block,) = argument // ROWS % len(self.tables[row]), self.blocks(1)
         said = f"replace(row {row}, {i}, {block})"
         self.ask(said, self.policy.replace, row, i, block)
-        table[i] = block
+        self.tables[row][i] = block
         self.compare(said, row, "replacements_are_kept")
 
     def close(self, argument: int) -> None:
         """Forget a row."""
-        row = argument % ROWS
-        if row not in self.tables:
+        row = self.some(argument)
+        if row is None:
             return
         self.ask(f"close(row {row})", self.policy.close, row)
         del self.tables[row]
         self.compare(f"close(row {row})", row, "closed_rows_are_empty")
 
     def reopen(self, argument: int) -> None:
-        """Close a row and open it again."""
-        if argument % ROWS in self.tables:
-            self.close(argument)
-            self.open_or_append(argument)
+        """Close a row and open one."""
+        self.close(argument)
+        self.open(argument)
 
     # ---- what must hold ------------------------------------------------------------------------------------------
 

@@ -28,7 +28,8 @@ class Colliding(Prefix):
 class Index(Driver):
     """Published blocks, each with the content that it stands for.
 
-    Options: ``collide`` shortens the hashes, ``quick`` uses the short cuts, ``look`` False leaves out `match`.
+    Options: ``collide`` shortens the hashes, ``quick`` uses the short cuts, ``look`` False leaves out `match`, and True
+    tells of each.
     """
 
     operations: ClassVar[tuple[str, ...]] = (
@@ -114,6 +115,8 @@ class Index(Driver):
 
     def identified(self, block: Block) -> None:
         """One serial, one content."""
+        if block.serial == GONE:  # it made way for a later block of the same prompt
+            return
         content = self.stands_for[block]
         if self.serials.setdefault(block.serial, content) != content:
             raise self.broke(
@@ -179,7 +182,7 @@ class Index(Driver):
 
     def finish(self) -> None:
         """Look for several prompts."""
-        for argument in range(0, 48, 5):
+        for argument in range(0, 48, 9):
             self.match_longer(argument)
 
     # ---- what must hold ------------------------------------------------------------------------------------------
@@ -201,7 +204,8 @@ class Index(Driver):
             raise self.broke(
                 "looking_is_not_using", f"{told}, and {kept.num_tokens} when the same prefix was asked again"
             )
-        self.tell(told, aside=True)
+        if self.options.get("look"):
+            self.tell(told, aside=True)
 
     def legal(self, told: str, salt: Any, tokens: list[int], limit: int, found: Any) -> None:
         """Say which law an answer breaks."""

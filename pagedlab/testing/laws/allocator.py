@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pagedlab.testing.driver import unequal
 from pagedlab.testing.drivers.allocator import Pool
 from pagedlab.testing.law import Skipped, law
-from pagedlab.testing.search import search
 from pagedlab.testing.subject import Subject
 
 
@@ -35,9 +33,9 @@ def check_allocator_refusal_changes_nothing(subject: Subject) -> None:
     def attempt(size: int, codes: list[int]) -> None:
         without = subject.driver(size, codes, refuse=False).run(codes)
         refused = subject.driver(size, codes).run(codes)
-        unequal("refusal_changes_nothing", without, refused, "without the refusals:")
+        subject.equal("refusal_changes_nothing", without, refused, "without the refusals:")
 
-    search("refusal_changes_nothing", attempt)
+    subject.search("refusal_changes_nothing", attempt)
 
 
 @law("allocator")
@@ -74,7 +72,7 @@ def check_allocator_fits_tells_the_truth(subject: Subject) -> None:
                 "fits_tells_the_truth", f"before that {told} returned {said}, now allocate({n}) {taken}"
             )
 
-    search("fits_tells_the_truth", attempt)
+    subject.search("fits_tells_the_truth", attempt)
 
 
 @law("allocator")
@@ -85,9 +83,9 @@ def check_allocator_fits_changes_nothing(subject: Subject) -> None:
     def attempt(size: int, codes: list[int]) -> None:
         without = subject.driver(size, codes, query=False).run(codes)
         asked = subject.driver(size, codes).run(codes)
-        unequal("fits_changes_nothing", without, asked, "without asking fits:")
+        subject.equal("fits_changes_nothing", without, asked, "without asking fits:")
 
-    search("fits_changes_nothing", attempt)
+    subject.search("fits_changes_nothing", attempt)
 
 
 @law("allocator")

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from pagedlab.errors import LawBroken
 from pagedlab.testing.drivers.layout import Tables
 from pagedlab.testing.law import Skipped, law
-from pagedlab.testing.search import search
 from pagedlab.testing.subject import Subject
 
 
@@ -73,7 +72,7 @@ def check_layout_block_of_equals_decode(subject: Subject) -> None:
                 said = f"block_of(row {row}, 0..{len(table) - 1}) is {found}, not {table}"
                 raise tables.broke("block_of_equals_decode", said)
 
-    search("block_of_equals_decode", attempt)
+    subject.search("block_of_equals_decode", attempt)
 
 
 @law("layout")

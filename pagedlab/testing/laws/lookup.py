@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pagedlab.errors import LawBroken
-from pagedlab.testing.driver import Broke, unequal
+from pagedlab.testing.driver import Broke
 from pagedlab.testing.law import Skipped, law
-from pagedlab.testing.search import search
 from pagedlab.testing.subject import Subject
 
 
@@ -45,7 +44,15 @@ def check_lookup_salts_isolate(subject: Subject) -> None:
 def check_lookup_contents_never_mix(subject: Subject) -> None:
     """What is found holds the tokens that were asked for, also where hashes collide."""
     _shares(subject)
-    subject.hold("contents_never_mix", collide=True)
+
+    def attempt(size: int, codes: list[int]) -> None:
+        subject.driver(size, codes).run(codes)  # what is wrong without collisions, too, is another law's
+        try:
+            subject.driver(size, codes, collide=True).run(codes)
+        except Broke as broke:
+            raise Broke("contents_never_mix", broke.story) from None
+
+    subject.search("contents_never_mix", attempt)
 
 
 @law("lookup")
@@ -79,14 +86,14 @@ def check_lookup_serials_identify_content(subject: Subject) -> None:
 @law("lookup")
 def check_lookup_looking_is_not_using(subject: Subject) -> None:
     """`match` changes nothing: asked again it says the same, and what is published later is told the same."""
-    subject.hold("looking_is_not_using")
+    subject.hold("looking_is_not_using", look=True)
 
     def attempt(size: int, codes: list[int]) -> None:
         without = subject.driver(size, codes, look=False).run(codes)
-        looked = subject.driver(size, codes).run(codes)
-        unequal("looking_is_not_using", without, looked, "without having looked:")
+        looked = subject.driver(size, codes, look=True).run(codes)
+        subject.equal("looking_is_not_using", without, looked, "without having looked:")
 
-    search("looking_is_not_using", attempt)
+    subject.search("looking_is_not_using", attempt)
 
 
 @law("lookup")
@@ -100,6 +107,6 @@ def check_lookup_short_cuts_are_equal(subject: Subject) -> None:
             quick = subject.driver(size, codes, quick=True).run(codes)
         except Broke as broke:
             raise Broke("short_cuts_are_equal", broke.story) from None
-        unequal("short_cuts_are_equal", plain, quick, "block by block:")
+        subject.equal("short_cuts_are_equal", plain, quick, "block by block:")
 
-    search("short_cuts_are_equal", attempt)
+    subject.search("short_cuts_are_equal", attempt)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pagedlab.testing.driver import Broke
 from pagedlab.testing.law import law
 from pagedlab.testing.laws.serving import serving_laws
-from pagedlab.testing.search import search
 from pagedlab.testing.subject import Subject
 
 serving_laws("preemption")
@@ -44,8 +43,8 @@ def check_preemption_chooses_a_candidate(subject: Subject) -> None:
         if said not in offered:
             raise Broke("chooses_a_candidate", f"offered {offered}, it chose {said!r}")
 
-    search("chooses_a_candidate", attempt)
-    subject.hold("chooses_a_candidate", longest=12)
+    subject.search("chooses_a_candidate", attempt)
+    subject.hold("chooses_a_candidate")
 
 
 @law("preemption")
@@ -63,4 +62,4 @@ def check_preemption_modes_are_known(subject: Subject) -> None:
                     f"for {victim} the mode is 'swap', and the class says wants_host = False",
                 )
 
-    search("modes_are_known", attempt)
+    subject.search("modes_are_known", attempt)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pagedlab.policies.block import DEVICE
-from pagedlab.policies.prefetch import Load
+from pagedlab.policies.prefetch import FATES, Load
 from pagedlab.testing.drivers.engine import Serving
 from pagedlab.testing.law import Skipped, law
 from pagedlab.testing.laws.serving import serving_laws
@@ -27,28 +27,28 @@ def _enabled(subject: Subject) -> None:
 def check_prefetch_plans_name_what_is_there(subject: Subject) -> None:
     """Every `Load` is of a block that is cached in a lower tier at that moment."""
     _enabled(subject)
-    subject.hold(_THERE, longest=14, watch=_watch)
+    subject.hold(_THERE, watch=_watch)
 
 
 @law("prefetch")
 def check_prefetch_no_content_is_loaded_twice(subject: Subject) -> None:
     """One plan names no block twice."""
     _enabled(subject)
-    subject.hold(_ONCE, longest=14, watch=_watch)
+    subject.hold(_ONCE, watch=_watch)
 
 
 @law("prefetch")
 def check_prefetch_planning_changes_nothing(subject: Subject) -> None:
     """Asked twice without news of any load, it plans the same: the engine may ask at every step."""
     _enabled(subject)
-    subject.hold("planning_changes_nothing", longest=14, watch=_watch)
+    subject.hold("planning_changes_nothing", watch=_watch)
 
 
 @law("prefetch")
 def check_prefetch_fates_are_heard(subject: Subject) -> None:
-    """Whatever becomes of a load (done, refused, useful, useless), `feedback` takes it."""
+    """Whatever becomes of a load (`pagedlab.policies.prefetch.FATES`), `feedback` takes it."""
     _enabled(subject)
-    subject.hold(_HEARD, longest=14, watch=_watch)
+    subject.hold(_HEARD, watch=_watch)
 
 
 def _watch(driver: Serving) -> None:
@@ -60,7 +60,7 @@ def _watch(driver: Serving) -> None:
         said = driver.ask("plan", plan, waiting, residency, link_budget)
         if not isinstance(said, list) or not all(isinstance(load, Load) for load in said):
             raise driver.broke(_THERE, f"plan returned {said!r}, which is no list of Loads")
-        for block, to_tier in said:
+        for block, to_tier, _ in said:
             tiers = {pool.tier: pool.blocks for pool in engine.cache.pools}
             if block.key is None or block not in tiers.get(block.tier, ()):
                 raise driver.broke(_THERE, f"plan named {block!r}, which holds nothing that can be found")
@@ -71,7 +71,7 @@ def _watch(driver: Serving) -> None:
         if driver.ask("plan", plan, waiting, residency, link_budget) != said:
             raise driver.broke("planning_changes_nothing", f"plan returned {said}, and then something else")
         for load in said:
-            for fate in ("refused", "done", "useless", "useful"):
+            for fate in FATES:
                 try:
                     policy.feedback(load.block, fate)
                 except Exception as error:

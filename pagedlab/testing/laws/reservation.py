@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pagedlab.testing.driver import Broke
 from pagedlab.testing.law import law
 from pagedlab.testing.laws.serving import serving_laws
-from pagedlab.testing.search import search
 from pagedlab.testing.subject import Subject
 
 serving_laws("reservation")
@@ -46,7 +45,7 @@ def _hold(subject: Subject, name: str) -> None:
             if policy.claim(asking, step_end, model) != said:
                 raise Broke("claiming_changes_nothing", f"{told}, and then something else")
 
-    search(name, attempt)
+    subject.search(name, attempt)
 
 
 @law("reservation")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pagedlab.testing.driver import Driver, unequal
+from pagedlab.testing.driver import Driver
 from pagedlab.testing.drivers.engine import Serving
 from pagedlab.testing.law import law
 from pagedlab.testing.laws.serving import serving_laws
-from pagedlab.testing.search import search
 from pagedlab.testing.subject import Subject
 
 serving_laws("scheduler")
@@ -15,13 +14,13 @@ serving_laws("scheduler")
 @law("scheduler")
 def check_scheduler_nobody_is_asked_for_twice(subject: Subject) -> None:
     """A sequence is asked for once a step."""
-    subject.hold("nobody_is_asked_for_twice", longest=12)
+    subject.hold("nobody_is_asked_for_twice")
 
 
 @law("scheduler")
 def check_scheduler_decisions_are_known(subject: Subject) -> None:
     """`plan` returns None, or "until-event"."""
-    subject.hold("decisions_are_known", longest=12, watch=_decisions)
+    subject.hold("decisions_are_known", watch=_decisions)
 
 
 def _decisions(driver: Serving) -> None:
@@ -42,14 +41,14 @@ def check_scheduler_standing_decisions_stand(subject: Subject) -> None:
 
     def attempt(size: int, codes: list[int]) -> None:
         asked = subject.driver(size, codes, watch=_ask_always).run(codes)
-        unequal(
+        subject.equal(
             "standing_decisions_stand",
             asked,
             subject.driver(size, codes).run(codes),
             "asked at every step:",
         )
 
-    search("standing_decisions_stand", attempt, longest=12)
+    subject.search("standing_decisions_stand", attempt, share=1.5)
 
 
 def _ask_always(driver: Driver) -> None:

@@ -18,7 +18,7 @@ def serving_laws(slot: str) -> None:
     for name, summary in _LAWS.items():
 
         def check(subject: Subject, name: str = name) -> None:
-            subject.hold(name, longest=12)
+            subject.hold(name)
 
         check.__name__, check.__doc__ = f"check_{slot}_{name}", summary
         law(slot)(check)
