@@ -205,6 +205,33 @@ def test_the_yardstick_is_attention():
     assert error(out, expected) < 1e-14
 
 
+def test_the_yardstick_knows_alibi_and_sinks():
+    """ALiBi is a bias of torch's own attention; a sink takes its share of the softmax and gives nothing."""
+    case = Case([(5, 9)], dtype=torch.float64)
+    slopes, sinks = torch.tensor([0.5, 0.25, 2.0, 0.0]), torch.tensor([1.0, -3.0, 0.0, 20.0]).double()
+    distance = torch.arange(4, 9)[:, None] - torch.arange(9)
+    bias = (-slopes.double()[:, None, None] * distance).masked_fill(distance < 0, float("-inf"))
+    query, keys, values = (x.transpose(0, 1) for x in (case.query, case.keys[0], case.values[0]))
+    plain = scaled_dot_product_attention(query, keys, values, attn_mask=bias, enable_gqa=True).transpose(0, 1)
+    options = {**case.options, "alibi_slopes": slopes}
+    arguments = case.query, case.keys[0], case.values[0]
+    assert error(dense_attention(*arguments, **options), plain) < 1e-14
+    scores = query @ keys.repeat_interleave(2, dim=0).transpose(1, 2) * case.options["scale"] + bias
+    share = torch.sigmoid(scores.logsumexp(-1) - sinks[:, None])  # [heads, queries]
+    out = dense_attention(*arguments, **options, sinks=sinks)
+    assert error(out, plain * share.transpose(0, 1)[:, :, None]) < 1e-14
+
+
+def test_alibi_and_sinks_are_served_or_refused_by_name():
+    for name, value in (("alibi_slopes", torch.tensor([0.5, 0.1, 1.0, 0.0])), ("sinks", torch.arange(4.0))):
+        case = Case([(1, 30), (7, 12)])
+        case.options[name] = value
+        for kernel in (Dense, GatherSDPA):
+            assert error(case.attend(kernel(), Padded()), case.expected()) < 1e-5
+        with pytest.raises(ConfigError, match=r"'cpu-paged' has no (ALiBi slopes|attention sinks)"):
+            case.attend(CPUPaged(), Padded())
+
+
 @pytest.mark.parametrize("head_size", [16, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_output_does_not_depend_on_the_company(dtype, head_size):
