@@ -709,18 +709,18 @@ class ClaimsAHalf(Reservation):
 
 @breaks("what_is_kept_has_a_tier")
 class KeepsWithoutATier(Swap):
-    def store(self, block: Block) -> bool:
+    def store(self, block: Block, tier: int) -> bool:
         return True
 
 
-@breaks("host_eviction_is_known", "answers_without_error")
+@breaks("tier_evictions_are_known", "answers_without_error")
 class OrdersTheHostByNobody(Swap):
     uses_host = True
 
-    def store(self, block: Block) -> bool:
+    def store(self, block: Block, tier: int) -> bool:
         return True
 
-    def host_eviction(self) -> str:
+    def tier_eviction(self, tier: int) -> str:
         return "least-loved"
 
 
@@ -728,7 +728,7 @@ class OrdersTheHostByNobody(Swap):
 class AnswersWithACount(Swap):
     uses_host = True
 
-    def store(self, block: Block) -> Any:
+    def store(self, block: Block, tier: int) -> Any:
         return block.hits
 
 
@@ -736,7 +736,7 @@ class AnswersWithACount(Swap):
 class SpendsHits(Swap):
     uses_host = True
 
-    def store(self, block: Block) -> bool:
+    def store(self, block: Block, tier: int) -> bool:
         block.hits = max(0, block.hits - 1)
         return block.hits > 0
 
@@ -779,8 +779,8 @@ class HearsOnlySuccess(QueueLookahead):
 
 
 class _Unscaled(DenseReference):
-    def attend_sequence(self, query: Any, keys: Any, values: Any, scale: float, *rest: Any) -> torch.Tensor:
-        return super().attend_sequence(query, keys, values, 1.0, *rest)
+    def attend(self, *tensors: Any, scale: float, **options: Any) -> torch.Tensor:
+        return super().attend(*tensors, scale=1.0, **options)
 
 
 class _ReadsWholeBlocks(DenseReference):

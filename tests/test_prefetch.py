@@ -181,7 +181,7 @@ def test_a_block_that_is_wanted_on_its_way_is_late_and_waited_for() -> None:
 
 def test_loads_come_one_after_the_other_and_what_a_step_loads_goes_before_them() -> None:
     a, b, c, d = (Block(i) for i in range(4))
-    link = Link(lambda n: 10 * n)
+    link = Link(lambda n, from_disk: 10 * n)
     link.send([a, b, c], 100)
     assert [link.ready_at(x) for x in (a, b, c, d)] == [110, 120, 130, None]
     link.serve(2, 112)

@@ -573,7 +573,7 @@ def test_the_command_speaks_json() -> None:
     assert result.exit_code == 0
     said = json.loads(result.stdout)
     assert (said["command"], said["policy"], said["slot"], said["passed"]) == ("check", "drop", "swap", True)
-    assert {row["status"] for row in said["results"]} == {"passed", "skipped"}
+    assert {row["status"] for row in said["results"]} <= {"passed", "skipped"}
 
 
 @pytest.mark.parametrize(

@@ -236,18 +236,18 @@ class @CLASS@(Swap):
     uses_host = True
     within: int = param(1024, low=0, unit="tokens", help="blocks that begin before this position are kept")
 
-    def store(self, block: Block) -> bool:
+    def store(self, block: Block, tier: int) -> bool:
         return block.depth < self.within
 """,
         """
 def test_beginnings_are_kept() -> None:
     block = Block(0)
-    assert @CLASS@().store(block)
+    assert @CLASS@().store(block, HOST)
     block.depth = 2048
-    assert not @CLASS@().store(block)
-    assert @CLASS@(within=4096).store(block)
+    assert not @CLASS@().store(block, HOST)
+    assert @CLASS@(within=4096).store(block, HOST)
 """,
-        "from pagedlab.policies import Block",
+        "from pagedlab.policies.block import HOST, Block",
     ),
     "preemption": _template(
         """
@@ -288,7 +288,6 @@ def test_the_longest_is_stopped() -> None:
 from collections.abc import Sequence
 
 from pagedlab.policies import Prefetch
-from pagedlab.policies.block import DEVICE
 from pagedlab.policies.prefetch import Load, Residency, Waiting
 """,
         """
@@ -296,12 +295,12 @@ class @CLASS@(Prefetch):
     \"""Load what the first waiting request will need, and nothing for the others.\"""
 
     def plan(self, waiting: Sequence[Waiting], residency: Residency, link_budget: int) -> list[Load]:
-        return [Load(block) for block in residency.prefix(waiting[0]) if block.tier != DEVICE]
+        return [Load(block) for sequence in waiting[:1] for block in residency.below(sequence)]
 """,
         """
 class Cached:
-    def prefix(self, sequence: str) -> list[Block]:
-        return [Block(0), Block(1, tier=HOST)] if sequence == "first" else [Block(2, tier=HOST)]
+    def below(self, sequence: str) -> list[Block]:
+        return [Block(1, tier=HOST)] if sequence == "first" else [Block(2, tier=HOST)]
 
 
 def test_only_the_first_request_is_served() -> None:

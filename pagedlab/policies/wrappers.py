@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from pagedlab.errors import ConfigError
 from pagedlab.policies.base import Policy
 from pagedlab.policies.block import Block
-from pagedlab.policies.view import View
+from pagedlab.policies.view import NOTHING_KNOWN, View
 
 
 class _Wrapping(type):
@@ -160,6 +160,8 @@ class Call(NamedTuple):
     answer: Any
     now: int
     """The time that the policy could see, in picoseconds."""
+    costs: tuple[float, float, float] = (1.0, 0.0, 1.0)
+    """FLOPs a token, FLOPs a pair and bytes a token, as it could see them."""
 
 
 class Difference(NamedTuple):
@@ -183,11 +185,11 @@ class Recorded(Wrapper):
         return []
 
     def _note(self, method: str, call: Callable[[], Any], args: tuple[Any, ...], more: dict[str, Any]) -> Any:
-        view = getattr(self, "view", None)
-        now = 0 if view is None else view.now
+        view = getattr(self, "view", NOTHING_KNOWN)
+        now, costs = view.now, (view.flops_per_token, view.flops_per_pair, view.bytes_per_token)
         kept, named = _kept(args), _kept(more)
         answer = call()
-        self.book.append(Call(method, kept, named, _kept(answer), now))
+        self.book.append(Call(method, kept, named, _kept(answer), now, costs))
         return answer
 
     def first_difference(self, other: Policy) -> Difference | None:
@@ -202,7 +204,7 @@ class Recorded(Wrapper):
         if hasattr(asked, "attach"):
             asked.attach(view)
         for number, call in enumerate(self.book):
-            view.time = call.now
+            view.see(call)
             args, more = blocks.revived(call.args), blocks.revived(call.more)
             answer = _kept(getattr(asked, call.method)(*args, **more))
             if _named(answer) != _named(call.answer):
@@ -214,8 +216,14 @@ _REST = [slot for slot in Block.__slots__ if slot not in ("tier", "index")]
 
 
 class _Clock(View):
+    """The time that each call was made at, and the costs that were known."""
+
     def __init__(self) -> None:
         self.time = 0
+
+    def see(self, call: Call) -> None:
+        self.time = call.now
+        self.flops_per_token, self.flops_per_pair, self.bytes_per_token = call.costs
 
     @property
     def now(self) -> int:

@@ -80,7 +80,7 @@ class CheckTable(Sequence[Row]):
     def _repr_html_(self) -> str:
         cell = "style='text-align:left;vertical-align:top;padding:2px 10px'"
         body = "".join(
-            f"<tr title='{escape(row.summary)}'><td {cell}>{_MARKS[row.status]} {row.status}</td>"
+            f"<tr title='{escape(row.summary)}'><td {cell}>{_MARKS[row.status]}&nbsp;{row.status}</td>"
             f"<td {cell}>{escape(row.check)}</td><td {cell}>{escape(row.detail or row.summary)}</td></tr>"
             for row in self.rows
         )

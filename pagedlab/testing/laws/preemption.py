@@ -19,13 +19,17 @@ class _Candidate:
     request_id: str
     priority: int
     num_computed: int
+    num_shared: int
 
     def __repr__(self) -> str:
         return f"{self.request_id} (priority {self.priority}, {self.num_computed} tokens)"
 
 
 def _candidates(codes: list[int]) -> list[_Candidate]:
-    return [_Candidate(str(i), code % 3, 1 + code // 3) for i, code in enumerate(codes[:8])]
+    return [
+        _Candidate(str(i), code % 3, 1 + code // 3, (1 + code // 3) * (code % 2) // 2)
+        for i, code in enumerate(codes[:8])
+    ]
 
 
 @law("preemption")
