@@ -110,9 +110,10 @@ def test_the_command_measures_the_points_that_are_asked_for(monkeypatch):
     seen = {}
     monkeypatch.setattr(kernel_grid, "measure", lambda **asked: seen.update(asked) or [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("PAGEDLAB_BENCH_POINTS", raising=False)
+    for name in ("POINTS", "SECONDS", "KEEP"):
+        monkeypatch.delenv(f"PAGEDLAB_BENCH_{name}", raising=False)
     assert kernel.main() == []
-    assert seen["points"] == kernel_grid.POINTS
+    assert (seen["points"], seen["seconds"], seen["keep"]) == (kernel_grid.POINTS, 6, None)
     monkeypatch.setenv("PAGEDLAB_BENCH_POINTS", "16x1024,1x128")
     monkeypatch.setenv("PAGEDLAB_BENCH_SECONDS", "0.5")
     kernel.main()
@@ -120,6 +121,9 @@ def test_the_command_measures_the_points_that_are_asked_for(monkeypatch):
     monkeypatch.setenv("PAGEDLAB_BENCH_POINTS", "16*1024")
     with pytest.raises(ConfigError, match="must look like 16x1024"):
         kernel.main()
+    monkeypatch.setenv("PAGEDLAB_BENCH_SECONDS", "-1")
+    with pytest.raises(ConfigError, match="a number of seconds, not '-1'"):
+        kernel.asked_seconds()
 
 
 @pytest.mark.parametrize("order", layouts.ORDERS)

@@ -91,6 +91,14 @@ def asked_points() -> tuple[tuple[int, int], ...] | None:
     return tuple((int(seqs), int(tokens)) for seqs, tokens in sizes)
 
 
+def asked_seconds() -> float:
+    """The seconds for each point that ``PAGEDLAB_BENCH_SECONDS`` names, or 6."""
+    text = os.environ.get("PAGEDLAB_BENCH_SECONDS") or "6"
+    if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text):
+        raise ConfigError(f"PAGEDLAB_BENCH_SECONDS must be a number of seconds, not {text!r}")
+    return float(text)
+
+
 def main(json: bool = False) -> list[dict[str, Any]]:
     """Measure the CPU, and the GPU where there is one; return the rows (the command line prints them)."""
     from pagedlab.bench import kernel_grid
@@ -98,7 +106,7 @@ def main(json: bool = False) -> list[dict[str, Any]]:
     keep = os.environ.get("PAGEDLAB_BENCH_KEEP")
     rows = kernel_grid.measure(
         points=asked_points() or kernel_grid.POINTS,
-        seconds=float(os.environ.get("PAGEDLAB_BENCH_SECONDS", "6")),
+        seconds=asked_seconds(),
         keep=Path(keep) if keep else None,
     )
     if torch.cuda.is_available():
