@@ -2,11 +2,13 @@
 
 One token of each sequence, 16 query heads over 8 KV heads of 64. At every point `cpu-paged` over each layout and block
 size takes turns with the ways to say grouped-query attention with torch on contiguous keys and values (``ratio_dense``
-compares with the fastest of them at that point) and with a copy (``ratio_copy``). ``gb_per_s`` counts keys and values
-(for the copy: bytes read plus written) at the median. Cold: each call reads the next stretch of a pool that is larger
-than the last-level cache. Warm (columns ``_warm``): each call is timed right after another on the same stretch; None
-where a stretch is larger than ``warm_bytes``. ``blocks`` says how a sequence's blocks lie: in random order, or adjacent
-as a contiguous allocator leaves them. At a point of microseconds a ratio speaks mostly of the cost of a call.
+compares with the fastest of them at that point) and with a copy (``ratio_copy``); each ratio is the median of the
+rounds' ratios. ``gb_per_s`` counts keys and values (for the copy: bytes read plus written) at the median time.
+
+Cold: each call reads the next stretch of a pool that is larger than the last-level cache. Warm (columns ``_warm``):
+each call is timed right after another on the same stretch; None where a stretch is larger than ``warm_bytes``.
+``blocks`` says how a sequence's blocks lie: in random order, or adjacent as a contiguous allocator leaves them. At a
+point of microseconds a ratio speaks mostly of the cost of a call.
 """
 
 from __future__ import annotations
@@ -204,7 +206,10 @@ def _timed(
 
     for form in forms.values():
         call(form, next(turn))  # compile, and fill the thread pools
-    cold = {key: [call(form, next(turn)) for _ in range(3)] for key, form in forms.items()}
+    cold: dict[Key, list[float]] = {key: [] for key in forms}
+    for _ in range(3):
+        for key, form in forms.items():
+            cold[key].append(call(form, next(turn)))
     warm: dict[Key, list[float]] = {key: [] for key in forms}
     hopeless = 4 * min(min(times) for key, times in cold.items() if key[0].startswith("sdpa"))
     # Three calls are enough for a form of dense attention that is far behind another.
@@ -225,25 +230,33 @@ def _timed(
 def _rows(
     cold: dict[Key, list[float]], warm: dict[Key, list[float]], nbytes: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each contender from the seconds of its calls."""
-    median = {key: statistics.median(times) for key, times in cold.items()}
-    median_warm = {key: statistics.median(times) for key, times in warm.items() if times}
-    dense = min(s for key, s in median.items() if key[0].startswith("sdpa"))
-    dense_warm = min((s for key, s in median_warm.items() if key[0].startswith("sdpa")), default=None)
-    copy = median["copy", "contiguous", None, None]
-    for key, took in median.items():
+    """Yield a row for each contender from the seconds of its calls; the i-th calls of all belong to one round."""
+    copy = cold["copy", "contiguous", None, None]
+    dense, dense_warm = _fastest_dense(cold), _fastest_dense(warm)
+    for key, times in cold.items():
         kernel, layout, block_size, order = key
-        again = median_warm.get(key)
+        again = warm[key]
         yield {
             "kernel": kernel,
             "layout": layout,
             "block_size": block_size,
             "blocks": order,
-            "gb_per_s": nbytes / took / 1e9,
-            "gb_per_s_best": nbytes / min(cold[key]) / 1e9,
-            "ratio_dense": dense / took,
-            "ratio_copy": copy / took,
-            "gb_per_s_warm": None if again is None else nbytes / again / 1e9,
-            "ratio_dense_warm": None if again is None or dense_warm is None else dense_warm / again,
-            "calls": len(cold[key]),
+            "gb_per_s": nbytes / statistics.median(times) / 1e9,
+            "gb_per_s_best": nbytes / min(times) / 1e9,
+            "ratio_dense": _ratio(dense, times),
+            "ratio_copy": _ratio(copy, times),
+            "gb_per_s_warm": nbytes / statistics.median(again) / 1e9 if again else None,
+            "ratio_dense_warm": _ratio(dense_warm, again) if again else None,
+            "calls": len(times),
         }
+
+
+def _fastest_dense(times: dict[Key, list[float]]) -> list[float]:
+    """The calls of the form of dense attention with the smallest median."""
+    raced = (calls for key, calls in times.items() if key[0].startswith("sdpa") and calls)
+    return min(raced, key=statistics.median, default=[])
+
+
+def _ratio(rival: list[float], times: list[float]) -> float:
+    """Median of the rounds' ratios: a slow moment that lasts a round or longer hits both sides alike."""
+    return statistics.median(r / t for r, t in zip(rival, times))
