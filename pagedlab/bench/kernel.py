@@ -1,32 +1,30 @@
-"""How fast does paged attention read the KV cache on this CPU, next to dense attention and to a plain copy?
+"""How fast does paged attention read the KV cache, next to dense attention and to a plain copy?
 
-Decode, one token of each of 16 sequences with 1,024 tokens of context, 16 query heads over 8 KV heads of 64. Every
-form in which torch's scaled_dot_product_attention can be asked for grouped heads runs beside it, and the fastest at
-each point is what ``ratio_dense`` compares with. All take turns inside one loop, so a slow moment of the machine hits
-them alike, and go round through buffers that together are larger than the last-level cache. ``gb_per_s`` counts the
-bytes of keys and values (for the copy: bytes read plus bytes written) at the median; ``gb_per_s_best`` at the fastest.
+Here are the contenders that stand for dense attention, and the batch that the paged kernels are given; the CPU's grid
+is measured in `pagedlab.bench.kernel_grid`, and where there is a GPU `pagedlab.bench.kernel_gpu` adds its rows.
 
-Where there is a GPU, `pagedlab.bench.kernel_gpu` adds its rows.
+A full grid takes about five minutes. ``PAGEDLAB_BENCH_POINTS=16x1024,1x128`` measures only these points,
+``PAGEDLAB_BENCH_SECONDS`` sets the seconds for each (6), and ``PAGEDLAB_BENCH_KEEP=rows.jsonl`` keeps the rows of every
+point in that file as it is done and measures only what is not there.
 """
 
 from __future__ import annotations
 
-import itertools
-import statistics
-import time
-from collections.abc import Callable, Iterable
-from functools import partial
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from pagedlab.errors import ConfigError
 from pagedlab.kernels.base import AttentionBatch
-from pagedlab.kernels.cpu import CPUPagedAttention
-from pagedlab.policies.layout import CSR, Layout, Padded
+from pagedlab.policies.layout import Layout
 
-NUM_SEQS, CONTEXT_LEN, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 16, 1024, 16, 8, 64
+NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 16, 8, 64
 GROUP = NUM_HEADS // NUM_KV_HEADS
 SCALE = HEAD_SIZE**-0.5
 
@@ -34,7 +32,7 @@ SCALE = HEAD_SIZE**-0.5
 def dense_forms(query: torch.Tensor) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
     """The ways to say grouped-query attention with torch; ``query`` [num_seqs, num_heads, head_size]."""
     alone = query[:, :, None]
-    grouped = query.view(NUM_SEQS, NUM_KV_HEADS, GROUP, HEAD_SIZE)
+    grouped = query.view(len(query), NUM_KV_HEADS, GROUP, HEAD_SIZE)
 
     def expanded(x: torch.Tensor) -> torch.Tensor:
         return x[:, :, None].expand(-1, -1, GROUP, -1, -1).flatten(1, 2)
@@ -51,11 +49,18 @@ def dense_forms(query: torch.Tensor) -> dict[str, Callable[[torch.Tensor, torch.
 
 
 def decode_batch(
-    layout: Layout, num_seqs: int, context_len: int, block_size: int, rng: torch.Generator
+    layout: Layout,
+    num_seqs: int,
+    context_len: int,
+    block_size: int,
+    rng: torch.Generator,
+    *,
+    adjacent: bool = False,
 ) -> AttentionBatch:
-    """One token of each of ``num_seqs`` sequences, whose blocks lie in random order."""
+    """One token of each of ``num_seqs`` sequences, whose blocks lie in random order, or ``adjacent`` in one piece."""
     per_seq = context_len // block_size
-    order = torch.randperm(num_seqs * per_seq, generator=rng).tolist()
+    count = num_seqs * per_seq
+    order = list(range(count)) if adjacent else torch.randperm(count, generator=rng).tolist()
     layout.reset(max_rows=num_seqs, max_blocks=per_seq)
     for row in range(num_seqs):
         layout.open(row, order[row * per_seq : (row + 1) * per_seq])
@@ -73,97 +78,37 @@ def decode_batch(
     )
 
 
-def paged_form(
-    layout: Layout, block_size: int, query: torch.Tensor, rng: torch.Generator
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Paged attention over the same memory, cut into blocks that the sequences hold in random order."""
-    batch = decode_batch(layout, NUM_SEQS, CONTEXT_LEN, block_size, rng)
-    attention = CPUPagedAttention(layout)
-    shape = (NUM_SEQS * CONTEXT_LEN // block_size, NUM_KV_HEADS, block_size, HEAD_SIZE)
-    return lambda k, v: attention.attend(query, k.view(shape), v.view(shape), batch, scale=SCALE)
+def asked_points() -> tuple[tuple[int, int], ...] | None:
+    """The points that ``PAGEDLAB_BENCH_POINTS`` names, "16x1024,1x128"; None if it names none."""
+    text = os.environ.get("PAGEDLAB_BENCH_POINTS", "")
+    if not text:
+        return None
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", text):
+        raise ConfigError(
+            f"PAGEDLAB_BENCH_POINTS must look like 16x1024,1x128 (sequences x tokens), not {text!r}"
+        )
+    sizes = (part.split("x") for part in text.split(","))
+    return tuple((int(seqs), int(tokens)) for seqs, tokens in sizes)
 
 
-def _copy(target: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Half of the bytes read, and as many written."""
-    return target.copy_(key)
-
-
-def measure(
-    *,
-    dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16),
-    threads: Iterable[int] = (1, 2),
-    block_sizes: Iterable[int] = (16, 32),
-    rounds: int = 5,
-    buffer_bytes: int = 512 * 2**20,
-) -> list[dict[str, Any]]:
-    """Return one row per kernel, layout, block size, dtype and number of threads."""
-    rows: list[dict[str, Any]] = []
-    before = torch.get_num_threads()
-    rng = torch.Generator().manual_seed(0)
-    for dtype in dtypes:
-        nbytes = 2 * NUM_SEQS * NUM_KV_HEADS * CONTEXT_LEN * HEAD_SIZE * dtype.itemsize
-        shape = (2, NUM_SEQS, NUM_KV_HEADS, CONTEXT_LEN, HEAD_SIZE)
-        buffers = [
-            torch.randn(shape, generator=rng).to(dtype) for _ in range(max(2, -(-buffer_bytes // nbytes)))
-        ]
-        target = torch.empty_like(buffers[0][0])
-        query = torch.randn(NUM_SEQS, NUM_HEADS, HEAD_SIZE, generator=rng).to(dtype)
-        runs: dict[tuple[str, str, int | None], Callable[[torch.Tensor, torch.Tensor], Any]] = {
-            (name, "contiguous", None): form for name, form in dense_forms(query).items()
-        }
-        runs["copy", "contiguous", None] = partial(_copy, target)
-        for layout, block_size in itertools.product((Padded, CSR), block_sizes):
-            runs["cpu-paged", layout.name, block_size] = paged_form(layout(), block_size, query, rng)
-        for count in threads:
-            torch.set_num_threads(count)
-            turn = itertools.cycle(buffers)
-
-            def timed(run: Callable[[torch.Tensor, torch.Tensor], Any], turn: Any = turn) -> float:
-                k, v = next(turn)
-                start = time.perf_counter()
-                run(k, v)
-                return time.perf_counter() - start
-
-            for run in runs.values():
-                timed(run)  # compile, and fill the thread pools
-            times = {key: [timed(run) for _ in range(3)] for key, run in runs.items()}
-            fastest = min(map(min, times.values()))
-            for _ in range(rounds * len(buffers)):
-                for key, run in runs.items():
-                    if min(times[key]) < 10 * fastest:  # three times are enough for the hopeless
-                        times[key].append(timed(run))
-            rows += _rows(times, nbytes, dtype, count)
-    torch.set_num_threads(before)
-    return rows
-
-
-def _rows(
-    times: dict[tuple[str, str, int | None], list[float]], nbytes: int, dtype: torch.dtype, threads: int
-) -> list[dict[str, Any]]:
-    median = {key: statistics.median(seconds) for key, seconds in times.items()}
-    dense = min(seconds for (name, _, _), seconds in median.items() if name.startswith("sdpa"))
-    copy = median["copy", "contiguous", None]
-    return [
-        {
-            "num_seqs": NUM_SEQS,
-            "context_len": CONTEXT_LEN,
-            "dtype": str(dtype).removeprefix("torch."),
-            "threads": threads,
-            "kernel": name,
-            "layout": layout,
-            "block_size": block_size,
-            "gb_per_s": nbytes / median[name, layout, block_size] / 1e9,
-            "gb_per_s_best": nbytes / min(seconds) / 1e9,
-            "ratio_dense": dense / median[name, layout, block_size],
-            "ratio_copy": copy / median[name, layout, block_size],
-        }
-        for (name, layout, block_size), seconds in times.items()
-    ]
+def asked_seconds() -> float:
+    """The seconds for each point that ``PAGEDLAB_BENCH_SECONDS`` names, or 6."""
+    text = os.environ.get("PAGEDLAB_BENCH_SECONDS") or "6"
+    if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text):
+        raise ConfigError(f"PAGEDLAB_BENCH_SECONDS must be a number of seconds, not {text!r}")
+    return float(text)
 
 
 def main(json: bool = False) -> list[dict[str, Any]]:
     """Measure the CPU, and the GPU where there is one; return the rows (the command line prints them)."""
-    rows = measure()
+    from pagedlab.bench import kernel_grid
+
+    keep = os.environ.get("PAGEDLAB_BENCH_KEEP")
+    rows = kernel_grid.measure(
+        points=asked_points() or kernel_grid.POINTS,
+        seconds=asked_seconds(),
+        keep=Path(keep) if keep else None,
+    )
     if torch.cuda.is_available():
         from pagedlab.bench import kernel_gpu
 

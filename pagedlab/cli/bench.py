@@ -12,11 +12,13 @@ from pagedlab.cli.options import Json
 from pagedlab.cli.output import print_json, print_table
 from pagedlab.errors import ConfigError, nearest
 
-BENCHMARKS = ("engine", "cache", "kernel", "kernel-resources", "replay", "simulate")
+BENCHMARKS = ("engine", "cache", "kernel", "kernel-resources", "layouts", "replay", "simulate")
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="engine, cache, kernel, kernel-resources, replay or simulate.")],
+    name: Annotated[
+        str, typer.Argument(help="engine, cache, kernel, kernel-resources, layouts, replay or simulate.")
+    ],
     json: Json = False,
 ) -> None:
     """Measure one part against what else there is, in one process, alternating."""

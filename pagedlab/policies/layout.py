@@ -395,7 +395,7 @@ class Extents(_Rows):
         entries, begins = self._runs.arrays()
         index = np.empty(2 * self.max_rows, dtype=np.int32)
         index[::2] = begins
-        index[1::2] = [max(0, length) // 2 for length in self._runs._lengths]
+        index[1::2] = np.maximum(self._runs._lengths, 0) // 2
         return entries, index
 
     def bytes_read(self, num_blocks: int) -> int:

@@ -1,0 +1,120 @@
+"""Figures of what `kernel_grid`, `layouts` and simulations over block sizes measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from matplotlib.ticker import FuncFormatter
+
+from pagedlab.lab.plots import Figure
+
+COLOURS = {"padded": "#0072B2", "csr": "#D55E00", "two-level": "#009E73", "extents": "#CC79A7"}
+_OTHERS = ("#E69F00", "#56B4E9", "#000000", "#0072B2", "#D55E00")
+_MARKERS = "osD^vP"
+_BAND = "#BBBBBB"
+_PLAIN = FuncFormatter(lambda x, _: f"{x:g}")
+FIGURE_18A = (1.20, 1.26)
+"""Attention latency of PagedAttention over FasterTransformer's: Kwon et al. 2023, section 7.1 and figure 18a."""
+
+
+def of_layouts(rows: Iterable[Mapping[str, Any]]) -> Figure:
+    """Bytes a block, a full build and one block more for each sequence, by layout and how the blocks lie."""
+    rows = list(rows)
+    layouts = list(dict.fromkeys(row["layout"] for row in rows))
+    cases = list(dict.fromkeys((row["blocks"], row["lengths"]) for row in rows))
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    panels = {
+        "bytes_per_block": "bytes a block",
+        "build_us": "full build (µs)",
+        "append_us": "a block more for each (µs)",
+    }
+    for ax, (column, title) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for i, case in enumerate(cases):
+            mine = [row for row in rows if (row["blocks"], row["lengths"]) == case]
+            heights = [next(row[column] for row in mine if row["layout"] == name) for name in layouts]
+            at = [x + (i - (len(cases) - 1) / 2) * 0.8 / len(cases) for x in range(len(layouts))]
+            ax.bar(at, heights, 0.8 / len(cases), label=", ".join(case), color=_OTHERS[i % len(_OTHERS)])
+        ax.set_xticks(range(len(layouts)), layouts)
+        ax.set_title(title, fontsize=11)
+        if column == "bytes_per_block":
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter(_PLAIN)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        *ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(cases), frameon=False
+    )
+    return figure
+
+
+def of_kernel(rows: Iterable[Mapping[str, Any]]) -> Figure:
+    """Time of paged over the fastest dense attention by block size, a panel a point, a line a layout.
+
+    Blocks lie at random. The grey band is what the PagedAttention paper measured on a GPU: 20 to 26% more than
+    FasterTransformer.
+    """
+    paged = [row for row in rows if row["kernel"] == "cpu-paged" and row["blocks"] == "random"]
+    points = list(dict.fromkeys((row["num_seqs"], row["context_len"]) for row in paged))
+    figure = Figure(figsize=(0.8 + 3.1 * len(points), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
+    for ax, point in zip(axes, points):
+        here = [row for row in paged if (row["num_seqs"], row["context_len"]) == point]
+        ax.axhspan(*FIGURE_18A, color=_BAND, alpha=0.6, lw=0, label="the paper, on a GPU")
+        ax.axhline(1, color="black", lw=1, ls="--", label="fastest dense")
+        for i, layout in enumerate(dict.fromkeys(row["layout"] for row in here)):
+            mine = sorted(
+                (row["block_size"], 1 / row["ratio_dense"]) for row in here if row["layout"] == layout
+            )
+            colour = COLOURS.get(layout, _OTHERS[i % len(_OTHERS)])
+            ax.plot(*zip(*mine), marker=_MARKERS[i % len(_MARKERS)], ms=5, color=colour, label=layout)
+        _block_sizes(ax, [row["block_size"] for row in here])
+        ax.set_title(f"{point[0]} × {point[1]:,} tokens", fontsize=11)
+    axes[0].set_ylabel("time over dense")
+    axes[0].set_yscale("log", base=2)
+    axes[0].yaxis.set_major_formatter(_PLAIN)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=min(6, len(handles[0])), frameon=False)
+    return figure
+
+
+def of_block_sizes(
+    runs: Mapping[str, Mapping[int, Mapping[str, Any]]], best: Mapping[str, tuple[int, int]] | None = None
+) -> Figure:
+    """Waste, latency and running sequences by block size; ``runs`` holds a run's summary by workload and block size.
+
+    ``best`` shades a range of block sizes for a workload, in its colour, under the latency.
+    """
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    panels = {
+        "waste": "memory held and not used (%)",
+        "latency_mean": "mean latency, relative to the best",
+        "mean_batch_size": "sequences a step (mean)",
+    }
+    for ax, (column, title) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for i, (name, by_size) in enumerate(runs.items()):
+            values = {size: float(summary[column]) for size, summary in by_size.items()}
+            unit = {"waste": 0.01, "latency_mean": min(values.values())}.get(column, 1.0)
+            colour = ("#0072B2", "#D55E00", "#009E73")[i % 3]
+            if column == "latency_mean" and best and name in best:
+                ax.axvspan(*best[name], ymin=0.04 * i, ymax=0.04 * (i + 1), color=colour, alpha=0.5, lw=0)
+            ax.plot(
+                list(values),
+                [v / unit for v in values.values()],
+                marker=_MARKERS[i],
+                color=colour,
+                label=name,
+            )
+        _block_sizes(ax, [size for by_size in runs.values() for size in by_size])
+        ax.set_title(title, fontsize=11)
+        ax.set_ylim(bottom=0)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _block_sizes(ax: Any, sizes: Iterable[int]) -> None:
+    """A logarithmic axis of block sizes that names each."""
+    ax.set_xscale("log", base=2)
+    ticks = sorted(set(sizes))
+    ax.set_xticks(ticks, [str(size) for size in ticks], fontsize=9)
+    ax.set_xlabel("block size (tokens)")
+    ax.spines[["top", "right"]].set_visible(False)
