@@ -250,6 +250,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="write the result here as JSON")
     asked = parser.parse_args()
+    out = None if asked.out is None else asked.out.resolve()
     if asked.sample < 1:
         parser.error(f"--sample is {asked.sample} and must be at least 1")
     until = None if asked.minutes is None else time.monotonic() + 60 * asked.minutes
@@ -268,8 +269,8 @@ def main() -> None:
             todo = todo[BATCH:]
             print(f"{package}: {len(todo)} to go", file=sys.stderr, flush=True)
         results.append(report(work, package, names, len(everything), asked.seed))
-    if asked.out is not None:
-        asked.out.write_text(json.dumps(results, indent=1) + "\n")
+    if out is not None:
+        out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -430,12 +430,12 @@ class CacheMachine(RuleBasedStateMachine):
         evict = block.index % 2 == 0
         removals = [what for what, _ in self.spies[DEVICE].log].count("remove")
         free = self.cache.device.num_free
-        orphans = sum(e.detail == "orphan" for e in self.cache.events)
+        orphans = sum((e.detail, e.medium) == ("orphan", "device") for e in self.cache.events)
         before = self.state()
         done = self.cache.prefetch(block, evict=evict)
         self.unless(done is not None, before, "prefetch")
         removed = [what for what, _ in self.spies[DEVICE].log].count("remove") - removals
-        displaced = sum(e.detail == "orphan" for e in self.cache.events) - orphans
+        displaced = sum((e.detail, e.medium) == ("orphan", "device") for e in self.cache.events) - orphans
         assert removed == displaced + (done is not None and not free), (
             "a prefetch evicts one block, if none is free"
         )
