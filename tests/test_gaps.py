@@ -8,9 +8,11 @@ import pytest
 from test_cache_machine import CacheMachine, Held, small_machine
 
 from pagedlab import events as ev
+from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.pool import BlockPool
+from pagedlab.cache.table import BlockTable
 from pagedlab.policies.block import DEVICE, HOST
-from pagedlab.policies.lookup import Match
+from pagedlab.policies.lookup import Match, Prefix
 from pagedlab.registry import make
 
 
@@ -203,6 +205,28 @@ def test_the_fate_of_what_was_brought_up() -> None:
     told.clear()
     brought_up(told).hold([3, 4, 5], claim=3)
     assert [fate for _, fate in told] == ["done", "harmful"]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_children_are_known_where_that_was_asked_for(known: bool) -> None:
+    cache = KVCache(
+        num_blocks=2,
+        block_size=1,
+        allocator=make("allocator", "fifo"),
+        lookup=make("lookup", "chained-hash"),
+        eviction=make("eviction", "lru"),
+        swap=make("swap", "host"),
+        host_blocks=4,
+        **({"knows_children": True} if known else {}),
+    )
+    for tokens in ([1, 2], [3, 4]):
+        table = BlockTable(tokens[0], Prefix(tokens, 1, None), 2)
+        assert cache.admit(table, Match([], 0), 2)
+        cache.commit(table, 2)
+        cache.release(table)
+    first, second = sorted((b for b in cache.pools[HOST].blocks if b.key is not None), key=lambda b: b.depth)
+    assert cache.children(first) == ([second] if known else [])
+    assert cache.children(second) == []
 
 
 @pytest.mark.parametrize("contiguous", [False, True])
