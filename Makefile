@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PAGEDLAB_DATA ?= $(abspath ../shared/data)
 export PAGEDLAB_DATA
 
-.PHONY: lab demo test lint bench format browser clean
+.PHONY: lab demo test lint bench mutants format browser clean
 
 lab: $(STAMP)  ## JupyterLab on the quickstart (token kept, loopback only)
 	$(BIN)/pagedlab lab
@@ -34,6 +34,9 @@ bench: $(STAMP)
 	$(BIN)/pagedlab bench cache
 	$(BIN)/pagedlab bench kernel
 	$(BIN)/pagedlab bench engine
+
+mutants: $(STAMP)  ## small changes to the code, each of which a test should notice; goes on where it stopped
+	$(BIN)/python benchmarks/mutants.py --package all --sample 300 --seed 0 --out build/mutants.json
 
 # Chromium for the browser tests, where this user may install it; they skip with a reason where not.
 browser:

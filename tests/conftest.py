@@ -1,7 +1,8 @@
 """Profiles and fixtures of the whole suite.
 
 ``HYPOTHESIS_PROFILE`` chooses how deep the property tests go: ``dev`` (quick), ``ci`` (thorough, the same examples
-every time), ``nightly`` (deep). Without it, ``ci`` where the variable CI is set, else ``dev``.
+every time), ``nightly`` (deep), ``mutants`` (quick, without shrinking).
+Without it, ``ci`` where the variable CI is set, else ``dev``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:
@@ -36,6 +37,15 @@ _COMMON = {
 settings.register_profile("dev", max_examples=40, stateful_step_count=30, **_COMMON)
 settings.register_profile(
     "ci", max_examples=150, stateful_step_count=50, derandomize=True, print_blob=True, **_COMMON
+)
+settings.register_profile(  # benchmarks/mutants.py: a failure counts, its smallest example does not
+    "mutants",
+    max_examples=25,
+    stateful_step_count=30,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    **_COMMON,
 )
 settings.register_profile("nightly", max_examples=4000, stateful_step_count=80, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))

@@ -430,12 +430,12 @@ class CacheMachine(RuleBasedStateMachine):
         evict = block.index % 2 == 0
         removals = [what for what, _ in self.spies[DEVICE].log].count("remove")
         free = self.cache.device.num_free
-        orphans = sum(e.detail == "orphan" for e in self.cache.events)
+        orphans = sum((e.detail, e.medium) == ("orphan", "device") for e in self.cache.events)
         before = self.state()
         done = self.cache.prefetch(block, evict=evict)
         self.unless(done is not None, before, "prefetch")
         removed = [what for what, _ in self.spies[DEVICE].log].count("remove") - removals
-        displaced = sum(e.detail == "orphan" for e in self.cache.events) - orphans
+        displaced = sum((e.detail, e.medium) == ("orphan", "device") for e in self.cache.events) - orphans
         assert removed == displaced + (done is not None and not free), (
             "a prefetch evicts one block, if none is free"
         )
@@ -568,6 +568,54 @@ WANTED = (
 )
 
 
+RULES = ["admit"] * 6 + ["compute"] * 8 + ["release"] * 3 + ["swap_out", "fork"] + ["swap_in", "prefetch"] * 2
+
+
+def random_operation(machine: CacheMachine, pick: Random, rare: float = 0.03) -> None:
+    """One operation, likely ones more often, disturbances ``rare``; nothing if it is not possible now."""
+    name = pick.choice(RULES) if pick.random() > rare else pick.choice(("clear", "distrust", "spoil"))
+    if pick.random() < 0.3:
+        machine.carry_out_moves()
+    ready = {
+        "admit": len(machine.held) < 6,
+        "compute": machine.running(),
+        "release": machine.held,
+        "swap_out": machine.running(),
+        "fork": machine.running() and len(machine.held) < 6,
+        "swap_in": machine.swapped(),
+        "prefetch": machine.cache.host,
+        "clear": machine.held,
+        "distrust": machine.running(),
+        "spoil": machine.cache.host,
+    }
+    if not ready[name]:
+        return
+    if name == "admit":
+        machine.admit(
+            pick=pick,
+            salt=pick.choice((None, None, None, "a")),
+            keep=pick.randint(1, 16),
+            tail=[pick.randrange(VOCAB) for _ in range(pick.randint(0, 4))],
+            claim=pick.choice((0, 0, 0, 1, 5, 30)),
+            spare=pick.choice((0, 0, 0, 1)),
+            readmitted=pick.random() < 0.3,
+            ignore_match=pick.random() < 0.1,
+            then=pick.choice(("compute", "finish", "finish", "nothing")),
+        )
+    elif name == "compute":
+        machine.compute(pick=pick, fault=pick.random() < 0.1)
+    elif name == "swap_in":
+        machine.swap_in(pick=pick, claim=pick.randint(0, 6), spare=pick.choice((0, 0, 1)))
+    elif name == "distrust":
+        machine.distrust(pick=pick, really=True)
+    elif name == "spoil":
+        machine.spoil(pick=pick, really=True)
+    elif name == "clear":
+        machine.clear(really=True)
+    else:
+        getattr(machine, name)(pick=pick)
+
+
 def random_walk(seed: int, steps: int = 120, *, disk: bool = False) -> CacheMachine:
     """A longer walk than Hypothesis takes, with likely operations more often. It cannot shrink, but it goes deep.
 
@@ -598,51 +646,8 @@ def random_walk(seed: int, steps: int = 120, *, disk: bool = False) -> CacheMach
             [pick.randrange(VOCAB) for _ in range(pick.randint(2, 16))] for _ in range(1 if disk else 3)
         ],
     )
-    rules = (
-        ["admit"] * 6 + ["compute"] * 8 + ["release"] * 3 + ["swap_out", "fork"] + ["swap_in", "prefetch"] * 2
-    )
     for _ in range(steps):
-        name = pick.choice(rules) if pick.random() > 0.03 else pick.choice(("clear", "distrust", "spoil"))
-        if pick.random() < 0.3:
-            machine.carry_out_moves()
-        ready = {
-            "admit": len(machine.held) < 6,
-            "compute": machine.running(),
-            "release": machine.held,
-            "swap_out": machine.running(),
-            "fork": machine.running() and len(machine.held) < 6,
-            "swap_in": machine.swapped(),
-            "prefetch": host_blocks,
-            "clear": machine.held,
-            "distrust": machine.running(),
-            "spoil": host_blocks,
-        }
-        if not ready[name]:
-            continue
-        if name == "admit":
-            machine.admit(
-                pick=pick,
-                salt=pick.choice((None, None, None, "a")),
-                keep=pick.randint(1, 16),
-                tail=[pick.randrange(VOCAB) for _ in range(pick.randint(0, 4))],
-                claim=pick.choice((0, 0, 0, 1, 5, 30)),
-                spare=pick.choice((0, 0, 0, 1)),
-                readmitted=pick.random() < 0.3,
-                ignore_match=pick.random() < 0.1,
-                then=pick.choice(("compute", "finish", "finish", "nothing")),
-            )
-        elif name == "compute":
-            machine.compute(pick=pick, fault=pick.random() < 0.1)
-        elif name == "swap_in":
-            machine.swap_in(pick=pick, claim=pick.randint(0, 6), spare=pick.choice((0, 0, 1)))
-        elif name == "distrust":
-            machine.distrust(pick=pick, really=True)
-        elif name == "spoil":
-            machine.spoil(pick=pick, really=True)
-        elif name == "clear":
-            machine.clear(really=True)
-        else:
-            getattr(machine, name)(pick=pick)
+        random_operation(machine, pick)
         machine.books_balance()
         machine.content_is_right()
         machine.nothing_stands_twice()
