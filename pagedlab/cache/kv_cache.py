@@ -68,7 +68,6 @@ class KVCache(Tiers):
         self.disk = self.pools[DISK] if len(self.pools) > DISK else None
         lookup.reset(block_size=block_size, num_tiers=len(self.pools))
         self._shares = lookup.granularity != "none"
-        self._evicting: list[Block] = []
         self.prefetched = Prefetched(on_prefetch_fate)
         below = [block for pool in self.pools[1:] for block in pool.blocks]
         self._children = Children(below) if knows_children and below else None

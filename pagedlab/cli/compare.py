@@ -84,6 +84,8 @@ def compare(
     from pagedlab.lab.compare import HOW
     from pagedlab.lab.compare import compare as compare_configs
 
+    generated = workload in {row["name"] for row in workloads.list_workloads()}
+    seeded: dict[str, Any] = {"seed": seed} if generated else {}
     if how == "replay":
         strange: dict[str, Any] = {
             "--preset": preset,
@@ -98,14 +100,12 @@ def compare(
                 raise ConfigError(
                     f"{option} belongs to --how run or simulate: a replay has one cache and no times"
                 )
-        _replayed(workload, listed(set_), num_blocks, block_size, model, requests, seed, json)
+        _replayed(workload, seeded, listed(set_), num_blocks, block_size, model, requests, json)
         return
     if how not in HOW:
         raise ConfigError(f"--how must be one of {', '.join((*HOW, 'replay'))}, not {how!r}")
     if how == "run" and (hardware or cost):
         raise ConfigError(f"--{'hardware' if hardware else 'cost'} belongs to --how simulate")
-    generated = workload in {row["name"] for row in workloads.list_workloads()}
-    seeded: dict[str, Any] = {"seed": seed} if generated else {}
     given = workloads.load(workload, **seeded)
     if requests is not None:
         given = given.head(requests)
@@ -151,12 +151,12 @@ def compare(
 
 def _replayed(
     workload: str,
+    seeded: dict[str, Any],
     axes: dict[str, list[Any]],
     num_blocks: int | None,
     block_size: int | None,
     model: str | None,
     requests: int | None,
-    seed: int,
     json: bool,
 ) -> None:
     """Eviction policies at several sizes on one trace, with the distance to Belady's."""
@@ -169,8 +169,7 @@ def _replayed(
         raise ConfigError(f"--set {unknown[0]}: a replay goes through eviction and num_blocks")
     names = axes.get("eviction", ["lru"])
     sizes = axes.get("num_blocks", [5000 if num_blocks is None else num_blocks])
-    generated = workload in {row["name"] for row in workloads.list_workloads()}
-    given = workloads.load(workload, seed=seed) if generated else read_trace(workload)
+    given = workloads.load(workload, **seeded) if seeded else read_trace(workload)
     if requests is not None:
         given = given.head(requests) if isinstance(given, Workload) else given[:requests]
     curve = replay(

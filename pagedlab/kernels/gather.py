@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from pagedlab.kernels.dense import DenseReference, dense_attention, visible
+from pagedlab.kernels.dense import DenseReference, visible
 
 
 class GatherSDPA(DenseReference):
@@ -28,7 +28,7 @@ class GatherSDPA(DenseReference):
     ) -> torch.Tensor:
         """Attend for one sequence over its gathered context; shapes of `dense_attention`."""
         if soft_cap is not None or alibi_slopes is not None or sinks is not None:
-            return dense_attention(
+            return super().attend_sequence(
                 query,
                 keys,
                 values,
