@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib import import_module, util
 from pathlib import Path
@@ -83,6 +83,31 @@ class Subject:
             unequal(SAME, one, again, "the first time:")
 
         return SAME not in survey(twice, longest=kind.longest, share=kind.share)
+
+    def same(
+        self,
+        law: str,
+        said: str,
+        *,
+        one: Mapping[str, Any] | None = None,
+        other: Mapping[str, Any] | None = None,
+        breaches: bool = False,
+        share: float = 1.0,
+    ) -> None:
+        """Search for a stream on which drivers with the options ``one`` and ``other`` tell different stories.
+
+        ``said`` introduces what ``one`` had told. With ``breaches`` any law that ``other`` alone breaks counts, too.
+        """
+
+        def attempt(size: int, codes: list[int]) -> None:
+            usual = self.driver(size, codes, **(one or {})).run(codes)
+            try:
+                changed = self.driver(size, codes, **(other or {})).run(codes)
+            except Broke as broke:
+                raise Broke(law if breaches else broke.law, broke.story) from None
+            self.equal(law, usual, changed, said)
+
+        self.search(law, attempt, share=share)
 
     def search(self, law: str, attempt: Callable[[int, list[int]], object], *, share: float = 1.0) -> None:
         """`search` with streams as long as the slot's driver takes them."""

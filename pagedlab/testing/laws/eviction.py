@@ -10,7 +10,6 @@ from typing import Any
 from pagedlab.errors import LawBroken
 from pagedlab.policies.block import NOBODY, Block, Origin
 from pagedlab.policies.view import View
-from pagedlab.testing.driver import Broke
 from pagedlab.testing.drivers.eviction import REMOVED, Tier, World
 from pagedlab.testing.law import Skipped, law
 from pagedlab.testing.subject import Subject
@@ -72,32 +71,13 @@ def check_eviction_removals_by_others_are_heard(subject: Subject) -> None:
 @law("eviction")
 def check_eviction_looking_is_not_using(subject: Subject) -> None:
     """`victims` changes nothing: asked once more or not at all, all later decisions are the same."""
-
-    def attempt(size: int, codes: list[int]) -> None:
-        without = subject.driver(size, codes).run(codes)
-        subject.equal(
-            "looking_is_not_using",
-            without,
-            subject.driver(size, codes, look=True).run(codes),
-            "without having looked:",
-        )
-
-    subject.search("looking_is_not_using", attempt)
+    subject.same("looking_is_not_using", "without having looked:", other={"look": True})
 
 
 @law("eviction")
 def check_eviction_short_cuts_are_equal(subject: Subject) -> None:
     """`evict`, `hit_all`, `release_all` and `remove_all` do what the plain methods do that they stand for."""
-
-    def attempt(size: int, codes: list[int]) -> None:
-        plain = subject.driver(size, codes).run(codes)
-        try:
-            quick = subject.driver(size, codes, quick=True).run(codes)
-        except Broke as broke:
-            raise Broke("short_cuts_are_equal", broke.story) from None
-        subject.equal("short_cuts_are_equal", plain, quick, "by the plain methods:")
-
-    subject.search("short_cuts_are_equal", attempt)
+    subject.same("short_cuts_are_equal", "by the plain methods:", other={"quick": True}, breaches=True)
 
 
 @law("eviction")

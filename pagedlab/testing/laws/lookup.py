@@ -88,12 +88,7 @@ def check_lookup_looking_is_not_using(subject: Subject) -> None:
     """`match` changes nothing: asked again it says the same, and what is published later is told the same."""
     subject.hold("looking_is_not_using", look=True)
 
-    def attempt(size: int, codes: list[int]) -> None:
-        without = subject.driver(size, codes, look=False).run(codes)
-        looked = subject.driver(size, codes, look=True).run(codes)
-        subject.equal("looking_is_not_using", without, looked, "without having looked:")
-
-    subject.search("looking_is_not_using", attempt)
+    subject.same("looking_is_not_using", "without having looked:", one={"look": False}, other={"look": True})
 
 
 @law("lookup")
@@ -101,12 +96,4 @@ def check_lookup_short_cuts_are_equal(subject: Subject) -> None:
     """`publish_chain` and `forget_all` do what `publish` and `forget` do block by block."""
     _shares(subject)
 
-    def attempt(size: int, codes: list[int]) -> None:
-        plain = subject.driver(size, codes).run(codes)
-        try:
-            quick = subject.driver(size, codes, quick=True).run(codes)
-        except Broke as broke:
-            raise Broke("short_cuts_are_equal", broke.story) from None
-        subject.equal("short_cuts_are_equal", plain, quick, "block by block:")
-
-    subject.search("short_cuts_are_equal", attempt)
+    subject.same("short_cuts_are_equal", "block by block:", other={"quick": True}, breaches=True)
