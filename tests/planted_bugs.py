@@ -268,8 +268,8 @@ BUGS = [
         "after copy-on-write the old slot is written",
         KVCache,
         "grow",
-        "table.indices[at] = new.index",
-        "pass",
+        "table.replace(at, new)",
+        "table.blocks[at] = new",
         "outputs",
     ),
     Bug(

@@ -90,7 +90,7 @@ class PoolMachine(RuleBasedStateMachine):
             block = pick.choice(private)
             self.keys += 1
             self.time += 1
-            block.key, block.born = self.keys, self.pool.births(1)
+            block.key, block.born = self.keys, self.pool.next_store()
             self.pool.store([block])
 
     @rule(pick=PICK)

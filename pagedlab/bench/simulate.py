@@ -53,7 +53,6 @@ def timed(workload: Workload, block_size: int, mode: str) -> tuple[float, Run]:
         null_block=True,
     )
     gc.collect()
-    gc.freeze()
     start = time.process_time()
     run = simulate(
         config, workload, model=MODEL, hardware=HARDWARE, num_blocks="fit", progress=False, **MODES[mode]
@@ -61,7 +60,6 @@ def timed(workload: Workload, block_size: int, mode: str) -> tuple[float, Run]:
     run.arrays("requests")
     run.arrays("steps")
     seconds = time.process_time() - start
-    gc.unfreeze()
     return seconds, run
 
 

@@ -156,11 +156,9 @@ class KVCache(Tiers):
         for pool, here in self._below(pins) if pins else ():
             pool.drop([b for b in here if b is not match.partial], now)
 
-        table.blocks = [*blocks, *rest]
-        table.indices = [b.index for b in table.blocks]
+        table.hold([*blocks, *rest])
         table.num_tokens = match.num_tokens
         table.num_published = num_hits
-        table.version += 1
         logged = self.events.enabled
         if hits:
             table.parent, table.parent_key = hits[-1].serial, hits[-1].key
@@ -212,7 +210,7 @@ class KVCache(Tiers):
         if source.key is None:
             # While room was made, an evicted orphan took its place in the index: usable, but not findable any more.
             return target
-        target.stand_for(source, self.device.births(1), now)
+        target.stand_for(source, self.device.next_store(), now)
         published = self.lookup.publish(target)
         target.serial = source.serial
         if not published.indexed:
@@ -250,14 +248,12 @@ class KVCache(Tiers):
             new, old = taken.pop(), blocks[at]
             self.moves.append(Move(DEVICE, old.index, DEVICE, new.index))
             self.device.drop([old], self.events.time)
-            blocks[at] = new
-            table.indices[at] = new.index
-            table.version += 1
+            table.replace(at, new)
             self.events.record(ev.BLOCKS_COPIED, table.seq_id, (old.index, new.index))
         if taken:
             blocks += taken
-            table.indices += [b.index for b in taken]
-            self.events.record(ev.BLOCKS_ALLOCATED, table.seq_id, [b.index for b in taken])
+            if self.events.enabled:
+                self.events.record(ev.BLOCKS_ALLOCATED, table.seq_id, [b.index for b in taken])
         self._promised += self._within(table) - before
         return True
 
@@ -269,12 +265,10 @@ class KVCache(Tiers):
             if block.ref_count == 1:
                 block.fill = min(size, parent.num_tokens - i * size)
         self.device.share(parent.blocks[:held])
-        child.blocks = parent.blocks[:held]
-        child.indices = parent.indices[:held]
+        child.hold(parent.blocks[:held])
         child.num_tokens = parent.num_tokens
         child.num_published = parent.num_published
         child.parent, child.parent_key = parent.parent, parent.parent_key
-        child.version += 1
         self._tokens += child.num_tokens
         self._promised += self._within(child)
         self.events.record(
@@ -297,7 +291,7 @@ class KVCache(Tiers):
         origin, now, device = table.origin, self.events.time, self.device
         blocks = table.blocks[first:full]
         parent_key = first_parent = table.parent_key
-        born = device.births(full - first)
+        born = device.next_store()
         contents = prefix.contents(full)[first:full]
         for block, key, content, depth in zip(blocks, keys, contents, self._depths(first, full)):
             block.parent_key = parent_key
@@ -308,7 +302,6 @@ class KVCache(Tiers):
             block.born = born
             block.created = now
             block.hits = 0
-            born += 1
         special = self.lookup.publish_chain(blocks, table.parent)
         table.num_published = full
         table.parent, table.parent_key = blocks[-1].serial, parent_key
@@ -364,7 +357,8 @@ class KVCache(Tiers):
             self._tokens -= table.num_tokens
             self._promised -= self._within(table)
             self.device.drop(table.blocks[::-1], self.events.time)
-            self.events.record(ev.BLOCKS_RELEASED, table.seq_id, table.indices)
+            if self.events.enabled:
+                self.events.record(ev.BLOCKS_RELEASED, table.seq_id, table.indices)
         table.blank()
 
     def swap_out(self, table: BlockTable) -> bool:
@@ -384,9 +378,8 @@ class KVCache(Tiers):
         self._promised -= self._within(table)
         self.device.drop(table.blocks[::-1], self.events.time)
         self.events.record(ev.BLOCKS_RELEASED, table.seq_id, table.indices)
-        table.blocks, table.indices = [], []
+        table.hold([])
         table.host_blocks = targets
-        table.version += 1
         return True
 
     def swap_in(self, table: BlockTable, claim: int, *, spare: int = 0) -> bool:
@@ -400,14 +393,13 @@ class KVCache(Tiers):
             return False
         for source, target in zip(table.host_blocks, taken):
             self.moves.append(Move(HOST, source.index, DEVICE, target.index))
-        table.blocks, table.indices = taken, [b.index for b in taken]
+        table.hold(taken)
         self.events.record(ev.BLOCKS_ALLOCATED, table.seq_id, list(table.indices))
         self.events.record(
             ev.BLOCKS_LOADED, table.seq_id, table.indices[:used], medium="host", detail="resumed"
         )
         self.host.drop(table.host_blocks[::-1], self.events.time)  # type: ignore[union-attr]
         table.host_blocks = []
-        table.version += 1
         self._tokens += table.num_tokens
         self._promised += self._within(table)
         return True
@@ -495,21 +487,14 @@ class KVCache(Tiers):
     def memory(self, behind: int = 0) -> Memory:
         """Return where the device tier's token slots are now, ``behind`` tokens more than tables count. O(1)."""
         size, pool = self.block_size, self.device
-        held = pool.num_in_use * size
+        free, cached, saved = pool.allocator.num_free * size, pool.num_cached * size, pool.saved_tokens
         tokens = self._tokens + behind
-        stored = tokens - pool.saved_tokens
-        reserved = max(0, min(self._promised - tokens, held - stored))
-        free = pool.num_free * size
+        stored = tokens - saved
+        unwritten = pool.capacity * size - free - cached - stored
+        promised = self._promised - tokens
+        reserved = 0 if promised < 0 else promised if promised < unwritten else unwritten
         external = free if self.scattered else 0
-        return Memory(
-            stored,
-            reserved,
-            held - stored - reserved,
-            external,
-            pool.num_cached * size,
-            free - external,
-            pool.saved_tokens,
-        )
+        return Memory(stored, reserved, unwritten - reserved, external, cached, free - external, saved)
 
     def check(self, tables: Iterable[BlockTable]) -> None:
         """Raise `InvariantBroken` unless law 1 holds for ``tables``, which must be all that hold blocks. O(pool)."""

@@ -34,6 +34,8 @@ class BlockPool:
         self.block_size = block_size
         self.blocks = [Block(i, tier, block_size) for i in range(num_blocks)]
         self.reserved = reserved
+        self.capacity = num_blocks - reserved
+        """Blocks that can be handed out at all."""
         self.allocator = allocator
         self.eviction = eviction
         self.num_cached = 0
@@ -41,16 +43,11 @@ class BlockPool:
         self.saved_tokens = 0
         """Tokens that would have to be stored again if nobody shared a block."""
         self._on_evict = on_evict
-        self._born = 0
+        self._stores = 0
         allocator.reset(range(reserved, num_blocks))
         eviction.attach(view)
         eviction.reset(capacity=num_blocks - reserved)
         self._partitioned = eviction.partitioned
-
-    @property
-    def capacity(self) -> int:
-        """Blocks that can be handed out at all."""
-        return len(self.blocks) - self.reserved
 
     @property
     def num_free(self) -> int:
@@ -195,19 +192,21 @@ class BlockPool:
 
     def share(self, blocks: Sequence[Block]) -> None:
         """One more holder of each block, all of which are in use or cached."""
+        cached = 0
         for block in blocks:
             count = block.ref_count
             if count:
                 self.saved_tokens += block.fill
+                block.ref_count = count + 1
             else:
-                self.num_cached -= 1
-            block.ref_count = count + 1
+                cached += 1
+                block.ref_count = 1
+        self.num_cached -= cached
 
-    def births(self, n: int) -> int:
-        """Return the first of ``n`` numbers for blocks that are to be stored (`Block.born`)."""
-        born = self._born + 1
-        self._born += n
-        return born
+    def next_store(self) -> int:
+        """Return the number of the store that is to come (`Block.born`)."""
+        self._stores += 1
+        return self._stores
 
     def store(self, blocks: Sequence[Block]) -> None:
         """The blocks, in use, can be found from now on (what identifies their content is set)."""
@@ -218,21 +217,25 @@ class BlockPool:
 
     def drop(self, blocks: Sequence[Block], now: int) -> None:
         """One holder less of each block, in this order; those that nobody holds become cached or free."""
-        free: list[int] = []
-        cached: list[Block] = []
-        keep = cached.append
+        others = []
         for block in blocks:
-            left = block.ref_count - 1
-            block.ref_count = left
-            if left:
-                self.saved_tokens -= block.fill
-                if left == 1:
-                    block.fill = self.block_size
-            elif block.key is not None:
+            if block.ref_count == 1 and block.key is not None:
+                block.ref_count = 0
                 block.last_released = now
-                keep(block)
             else:
-                free.append(block.index)
+                others.append(block)
+        cached, free = blocks, []
+        if others:
+            cached = [b for b in blocks if not b.ref_count]
+            for block in others:
+                left = block.ref_count - 1
+                block.ref_count = left
+                if not left:
+                    free.append(block.index)
+                else:
+                    self.saved_tokens -= block.fill
+                    if left == 1:
+                        block.fill = self.block_size
         if cached:
             self.num_cached += len(cached)
             self.eviction.release_all(cached)

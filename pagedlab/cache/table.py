@@ -19,10 +19,10 @@ class BlockTable:
     """
 
     __slots__ = (
+        "_indices",
         "blocks",
         "final_len",
         "host_blocks",
-        "indices",
         "num_published",
         "num_tokens",
         "origin",
@@ -40,8 +40,8 @@ class BlockTable:
         """Tokens that the sequence may come to store at most: what lies beyond in its blocks is never used."""
         self.origin = Origin(salt=prefix.salt) if origin is None else origin
         self.blocks: list[Block] = []
-        self.indices: list[int] = []
-        """Physical numbers of ``blocks``."""
+        self._indices: list[int] = []
+        """Of as many ``blocks`` as somebody has asked for."""
         self.num_tokens = 0
         """Tokens whose keys and values are computed."""
         self.num_published = 0
@@ -54,16 +54,34 @@ class BlockTable:
         """Where the sequence lies while it is swapped out."""
 
     @property
+    def indices(self) -> list[int]:
+        """Physical numbers of ``blocks``, in a list that grows with them."""
+        known = self._indices
+        if len(known) < len(self.blocks):
+            known += [b.index for b in self.blocks[len(known) :]]
+        return known
+
+    def hold(self, blocks: list[Block]) -> None:
+        """Have other blocks from now on."""
+        self.blocks = blocks
+        self._indices = []
+        self.version += 1
+
+    def replace(self, at: int, block: Block) -> None:
+        """Have ``block`` in place of ``blocks[at]``."""
+        self.blocks[at] = block
+        del self._indices[at:]
+        self.version += 1
+
+    @property
     def swapped(self) -> bool:
         """True while the sequence's keys and values are in the host tier."""
         return bool(self.host_blocks)
 
     def blank(self) -> None:
         """Forget everything but the tokens: the sequence starts over."""
-        self.blocks = []
-        self.indices = []
+        self.hold([])
         self.num_tokens = 0
         self.num_published = 0
         self.parent = (self.prefix.salt,)
         self.parent_key = None
-        self.version += 1

@@ -79,7 +79,7 @@ class Tiers:
         if taken is None:
             return
         copy, now = taken[0], self.events.time
-        copy.stand_for(block, pool.births(1), now)
+        copy.stand_for(block, pool.next_store(), now)
         published = self.lookup.publish(copy)
         if published.displaced is not None:
             self._displace(published.displaced)

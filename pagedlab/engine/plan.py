@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as ReadOnly
-from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, overload
 
@@ -49,8 +48,12 @@ class Queue(ReadOnly[Sequence]):
         return self._all()[at]
 
     def __iter__(self) -> Iterator[Sequence]:
-        for i in range(self._size):
-            yield self[i]
+        return iter(self._items) if len(self._items) == self._size else self._beyond()
+
+    def _beyond(self) -> Iterator[Sequence]:
+        front = self._items[:]
+        yield from front
+        yield from self._all()[len(front) :]
 
 
 class Plan:
@@ -66,16 +69,19 @@ class Plan:
         """Preempted while this plan was made."""
         self.admitted = False
         """Whether this plan has let anybody in."""
+        self._queue: Queue | None = None
 
     @property
     def decoding(self) -> int:
         """Sequences that get their token without being asked for."""
         return len(self._engine.decoders.members)
 
-    @cached_property
+    @property
     def waiting(self) -> ReadOnly[Sequence]:
         """The queue as it was when first asked for."""
-        return Queue(self._engine, self.lost)
+        if self._queue is None:
+            self._queue = Queue(self._engine, self.lost)
+        return self._queue
 
     @property
     def seats(self) -> int:

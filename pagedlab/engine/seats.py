@@ -187,6 +187,8 @@ class Seats:
     def _claim(self, seq: Sequence, step_end: int) -> int:
         """Tokens to have room for at admission: the reservation's word, within what one sequence can ever get."""
         claim = self.policies.reservation.claim(seq, step_end, self.max_model_len)
+        if claim <= step_end:
+            return step_end
         return max(step_end, min(claim, self.cache.device.limit(seq.table.origin) * self.config.block_size))
 
     def make_room(self, seq: Sequence, num_tokens: int, plan: Plan) -> bool:

@@ -105,7 +105,8 @@ class SimulatedExecutor:
         """Return how long the step takes: transfers run beside the computation, layer by layer, and one that takes
         longer is waited for.
         """
-        self.move(orders.moves)
+        if orders.moves:
+            self.move(orders.moves)
         duration = max(self.cost.step_ps(orders.work), self._transfer, orders.wait_ps)
         self._transfer = 0
         return StepResult([], duration_ps=duration)

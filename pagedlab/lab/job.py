@@ -14,6 +14,7 @@ from pagedlab.engine.orders import Executor
 from pagedlab.engine.request import Request, SamplingParams
 from pagedlab.errors import ConfigError, nearest
 from pagedlab.events import EventLog
+from pagedlab.lab.garbage import seldom_collected
 from pagedlab.lab.models import SHELF
 from pagedlab.lab.vocabulary import tokenise
 from pagedlab.workloads import Workload, prompts
@@ -93,8 +94,9 @@ class Job:
                 skip_ahead=skip_ahead,
                 knows_future=True,
             )
-            for request in requests:
-                self.engine.add(request)
+            with seldom_collected():
+                for request in requests:
+                    self.engine.add(request)
             # The run begins now: making requests ready is no part of it.
             self.engine.clock.start()
         except BaseException:

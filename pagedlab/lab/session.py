@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from types import FrameType, TracebackType
@@ -18,6 +16,7 @@ from pagedlab.engine.clock import Clock
 from pagedlab.engine.engine import Engine
 from pagedlab.engine.orders import Executor
 from pagedlab.engine.request import SamplingParams
+from pagedlab.lab.garbage import seldom_collected
 from pagedlab.lab.job import Job, WorkloadLike, as_workload, wait_briefly
 from pagedlab.lab.results import Run
 
@@ -25,8 +24,6 @@ Progress = bool | None | Callable[[Engine], None]
 """None: a bar where somebody watches; True, False: always, never; or a function called after every step."""
 
 _WARM_UP_TOKENS = 3
-_COLLECT_AFTER = 50_000
-"""Objects made between two looks of the garbage collector during a run."""
 
 
 def run(
@@ -89,7 +86,7 @@ def drive(
     engine = job.engine
     watch = progress if callable(progress) else _bar(progress, job.workload.num_sequences)
     try:
-        with _StopOnInterrupt() as stop, _seldom_collected():
+        with _StopOnInterrupt() as stop, seldom_collected():
             while engine.has_work and not stop.asked:
                 if (idle := job.rest()) > 0:
                     wait_briefly(idle)
@@ -118,17 +115,6 @@ def warm_up(config: Config, workload: WorkloadLike, *, fast: bool = True) -> Non
         job.engine.run()
     finally:
         job.close()
-
-
-@contextmanager
-def _seldom_collected() -> Iterator[None]:
-    """A run makes records by the hundred thousand and no cycles: looking for cycles among them is for nothing."""
-    before = gc.get_threshold()
-    gc.set_threshold(max(before[0], _COLLECT_AFTER) if before[0] else 0, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 class _StopOnInterrupt:

@@ -81,6 +81,10 @@ class FIFO(Allocator):
     def allocate(self, n: int, after: int | None = None) -> list[int] | None:
         if n > len(self._free):
             return None
+        if n == len(self._free):
+            taken = list(self._free)
+            self._free.clear()
+            return taken
         pop = self._free.popleft
         return [pop() for _ in range(n)]
 

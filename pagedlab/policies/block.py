@@ -39,7 +39,13 @@ class Origin(NamedTuple):
 NOBODY = Origin()
 
 
-class Block:
+class _Slot:
+    """What is looked at whenever a block changes hands, in one cache line (slots of a base class come first)."""
+
+    __slots__ = ("index", "key", "last_released", "ref_count")
+
+
+class Block(_Slot):
     """One block of ``block_size`` token slots in one tier.
 
     ``key`` is the chained hash by which lookups find the content, None while nothing can be found here. A hit
@@ -54,13 +60,9 @@ class Block:
         "depth",
         "fill",
         "hits",
-        "index",
-        "key",
-        "last_released",
         "origin",
         "parent",
         "parent_key",
-        "ref_count",
         "serial",
         "tier",
     )
@@ -86,7 +88,7 @@ class Block:
         self.hits = 0
         """Admissions that found it, since it was stored."""
         self.born = -1
-        """It was the n-th block ever stored in its tier."""
+        """It was stored in its tier by the n-th store; blocks that one sequence stores at once share it."""
         self.created = 0
         """Engine time at which it was stored, in picoseconds."""
         self.last_released = 0
@@ -116,3 +118,7 @@ class Block:
     def __repr__(self) -> str:
         state = "in use" if self.ref_count else "cached" if self.key is not None else "free"
         return f"<block {TIER_NAMES[self.tier]}:{self.index} {state} depth {self.depth} hits {self.hits}>"
+
+
+FIELDS = (*_Slot.__slots__, *Block.__slots__)
+"""All that a block has."""

@@ -268,10 +268,16 @@ class LRU(Eviction):
         if len(self._order) < n:
             return []
         get, oldest, looks = self._order.get, self._oldest, self._looks
-        while oldest and get(oldest[-1], looks) == looks:
-            oldest.pop()
         chosen = oldest[: -n - 1 : -1]
         if len(chosen) == n and max(map(get, chosen, repeat(looks)), default=-1) < looks:
+            return chosen
+        chosen = []
+        while len(chosen) < n and oldest:
+            some = oldest[len(chosen) - n :]
+            del oldest[len(chosen) - n :]
+            chosen += [b for b in reversed(some) if get(b, looks) < looks]
+        if len(chosen) == n:
+            oldest += reversed(chosen)
             return chosen
         self._look(n)
         return self._oldest[: -n - 1 : -1]
@@ -300,7 +306,9 @@ class LRU(Eviction):
             pop(block, None)
 
     def release_all(self, blocks: Sequence[Block]) -> None:
-        self._order.update(dict.fromkeys(blocks, self._looks))
+        order, looks = self._order, self._looks
+        for block in blocks:
+            order[block] = looks
 
     def remove_all(self, blocks: Sequence[Block]) -> None:
         pop, oldest, n = self._order.pop, self._oldest, len(blocks)

@@ -283,7 +283,7 @@ class ChainedHash(Lookup):
             parent = block.serial
         if not found:
             return NO_MATCH
-        if not lower:
+        if not lower and (len(found) > start or prefix.found is None or len(prefix.found[0]) != start):
             prefix.found = found, [b.serial for b in found]
         return Match(found, len(found) * self._block_size)
 
@@ -333,16 +333,20 @@ class ChainedHash(Lookup):
         if len(self._index) > 1 or not blocks or blocks[0].tier != DEVICE:
             return super().publish_chain(blocks, parent)
         special = []
+        serial = self._next_serial
         for i, block in enumerate(blocks):
             block.parent = parent
-            if block.key in here:
+            key = block.key
+            if key in here:
+                self._next_serial = serial
                 answer = self.publish(block)
-                parent = answer.serial
+                parent, serial = answer.serial, self._next_serial
                 special.append((i, answer))
             else:
-                here[block.key] = block  # type: ignore[index]
-                self._next_serial = parent = self._next_serial + 1
+                here[key] = block  # type: ignore[index]
+                parent = serial = serial + 1
             block.serial = parent
+        self._next_serial = serial
         return special
 
     def forget(self, block: Block) -> None:

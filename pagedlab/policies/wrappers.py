@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from pagedlab.errors import ConfigError
 from pagedlab.policies.base import Policy
-from pagedlab.policies.block import Block
+from pagedlab.policies.block import FIELDS, Block
 from pagedlab.policies.view import NOTHING_KNOWN, View
 
 
@@ -212,7 +212,7 @@ class Recorded(Wrapper):
         return None
 
 
-_REST = [slot for slot in Block.__slots__ if slot not in ("tier", "index")]
+_REST = [slot for slot in FIELDS if slot not in ("tier", "index")]
 
 
 class _Clock(View):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pagedlab.errors import ConfigError, LawBroken
-from pagedlab.policies.block import DISK, HOST, TIER_NAMES, Block
+from pagedlab.policies.block import DISK, FIELDS, HOST, TIER_NAMES, Block
 from pagedlab.registry import lookup_class
 from pagedlab.testing.driver import Broke
 from pagedlab.testing.law import law
@@ -39,7 +39,7 @@ def _hold(subject: Subject, name: str) -> None:
 
 
 def _attributes(block: Block) -> list[object]:
-    return [getattr(block, name) for name in Block.__slots__]
+    return [getattr(block, name) for name in FIELDS]
 
 
 @law("swap")
