@@ -21,6 +21,7 @@ another content to it. For policies that give up children before parents, as LRU
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice, repeat
 from typing import NamedTuple
 
 from pagedlab.errors import PolicyError
@@ -77,6 +78,7 @@ def plain(
     begin = policy.begin if _listens(policy, "begin") else None
     divided = policy.partitioned
     spare: list[Block] = []
+    places = _Places(block_size, tail_first)
     born = 0
     for start in range(0, len(requests), _CHUNK):
         hits: list[int] = []
@@ -85,7 +87,7 @@ def plain(
             found = 0
             if begin is not None:
                 begin(origin)
-            for i, key in _backwards(keys) if tail_first else enumerate(keys):
+            for key, parent, depth in places.of(keys, chained):
                 block = find(key)
                 if block is not None:
                     found += 1
@@ -110,8 +112,8 @@ def plain(
                     born += 1
                     resident[key] = block
                     block.key = block.serial = key
-                    block.parent = block.parent_key = keys[i - 1] if i and chained else None
-                    block.depth = i * block_size if chained else 0
+                    block.parent = block.parent_key = parent
+                    block.depth = depth
                     block.origin = origin
                     block.born = born
                     block.created = now
@@ -142,6 +144,7 @@ def prefix(
     begin = policy.begin if _listens(policy, "begin") else None
     divided = policy.partitioned
     spare: list[Block] = []
+    places = _Places(block_size)
     made = born = 0
     for start in range(0, len(requests), _CHUNK):
         hits: list[int] = []
@@ -174,9 +177,7 @@ def prefix(
             short = fits - found - len(spare)
             if short > 0:
                 spare += _give_up(short, policy, resident)
-            parent = held[-1].key if held and chained else None
-            for i in range(found, fits):
-                key = keys[i]
+            for key, parent, depth in islice(places.of(keys, chained), found, fits):
                 orphan = find(key)
                 if orphan is not None:
                     policy.remove(orphan)
@@ -187,7 +188,7 @@ def prefix(
                 resident[key] = block
                 block.key = block.serial = key
                 block.parent = block.parent_key = parent
-                block.depth = i * block_size if chained else 0
+                block.depth = depth
                 block.origin = origin
                 block.born = born
                 block.created = now
@@ -196,8 +197,6 @@ def prefix(
                 if insert is not None:
                     insert(block)
                 held.append(block)
-                if chained:
-                    parent = key
             held.reverse()
             for block in held:
                 block.ref_count = 0
@@ -212,8 +211,23 @@ def _view_of(policy: Eviction) -> ReplayView:
     return policy.view if isinstance(policy.view, ReplayView) else ReplayView()
 
 
-def _backwards(keys: Sequence[int]) -> Iterator[tuple[int, int]]:
-    return zip(range(len(keys) - 1, -1, -1), reversed(keys))
+class _Places:
+    """Where the blocks of a request stand: what each continues, and the tokens before it."""
+
+    def __init__(self, block_size: int, tail_first: bool = False) -> None:
+        self._size, self._tail_first = block_size, tail_first
+        self._starts: list[int] = []
+
+    def of(self, keys: Sequence[int], chained: bool) -> Iterator[tuple[int, int | None, int]]:
+        """Return for each access its key, the key before it (None: it continues nothing), and its first token."""
+        if not chained:
+            return zip(reversed(keys) if self._tail_first else keys, repeat(None), repeat(0))
+        n, starts = len(keys), self._starts
+        if n > len(starts):
+            starts += range(len(starts) * self._size, 2 * n * self._size, self._size)
+        if not self._tail_first:
+            return zip(keys, chain((None,), keys), starts)
+        return zip(keys[::-1], chain(keys[-2::-1], (None,)), starts[n - 1 :: -1] if n else ())
 
 
 def _listens(policy: Eviction, observation: str) -> bool:
