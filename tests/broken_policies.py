@@ -442,7 +442,7 @@ class SaysContiguous(FreeList):
 # ---- lookup ----------------------------------------------------------------------------------------------------------
 
 
-@breaks("salts_isolate", "serials_identify_content")
+@breaks("salts_isolate", "serials_identify_content", "copies_are_found")
 class IgnoresTheSalt(RadixTree):
     def match(self, prefix: Prefix, max_tokens: int) -> Match:
         return super().match(Prefix(prefix.tokens, prefix.block_size), max_tokens)
