@@ -10,9 +10,10 @@ from test_cache_machine import CacheMachine, Held, small_machine
 from pagedlab import events as ev
 from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.pool import BlockPool
+from pagedlab.cache.prefetched import Prefetched
 from pagedlab.cache.table import BlockTable
-from pagedlab.policies.block import DEVICE, HOST
-from pagedlab.policies.lookup import Match, Prefix
+from pagedlab.policies.block import DEVICE, HOST, Block
+from pagedlab.policies.lookup import ChainedHash, Match, Prefix
 from pagedlab.registry import make
 
 
@@ -140,6 +141,157 @@ def test_a_released_table_starts_over() -> None:
     assert table.version > before
 
 
+def test_a_table_that_was_swapped_out_starts_over_too() -> None:
+    machine = machine_with()
+    held = computed(machine, [1, 2, 3])
+    table = held.table
+    assert machine.cache.swap_out(table)
+    assert machine.cache.pools[HOST].num_in_use == 2
+    machine.let_go(held)
+    assert machine.cache.pools[HOST].num_in_use == 0
+    assert table.host_blocks == []
+    assert machine.cache.admit(table, Match([], 0), 3)
+    machine.held.append(held)
+    machine.books_balance()
+
+
+def test_every_new_beginning_of_a_table_has_a_version_of_its_own() -> None:
+    machine = machine_with()
+    held = computed(machine, [1, 2, 3])
+    table, seen = held.table, [held.table.version]
+    for _ in range(3):
+        machine.cache.release(table)
+        assert machine.cache.admit(table, Match([], 0), 3)
+        seen.append(table.version)
+        machine.step([(held, 3)])
+        assert machine.cache.swap_out(table)
+        seen.append(table.version)
+        assert machine.cache.swap_in(table, 3)
+        seen.append(table.version)
+    assert seen == sorted(set(seen))
+
+
+def test_an_admission_records_what_it_found_and_what_it_took() -> None:
+    machine = machine_with()
+    machine.let_go(computed(machine, [1, 2, 3, 4, 5]))
+    taken = [e for e in machine.cache.events if e.kind == ev.BLOCKS_ALLOCATED]
+    again = machine.hold([1, 2, 3, 4, 6], claim=5)
+    event = last(machine, ev.PREFIX_HIT)
+    assert (event.seq_id, list(event.blocks)) == (again.table.seq_id, again.table.indices[:2])
+    assert event.detail == "4 tokens"
+    event = last(machine, ev.BLOCKS_ALLOCATED)
+    assert (event.seq_id, list(event.blocks)) == (again.table.seq_id, again.table.indices[2:])
+    machine.hold([1, 2, 3, 4, 7], claim=4)
+    allocated = [e for e in machine.cache.events if e.kind == ev.BLOCKS_ALLOCATED]
+    assert len(allocated) == len(taken) + 1, "who takes no block is not said to have taken some"
+
+
+def test_what_is_stored_names_what_it_continues() -> None:
+    machine = machine_with()
+    held = machine.hold([1, 2, 3, 4, 5, 6], claim=6)
+    machine.step([(held, 2)])
+    assert last(machine, ev.BLOCK_STORED).parent_key is None
+    machine.step([(held, 4)])
+    event = last(machine, ev.BLOCK_STORED)
+    first, second, third = held.table.blocks
+    assert event.parent_key == first.key
+    assert list(event.keys) == [second.key, third.key]
+    assert list(event.token_ids) == [(3, 4), (5, 6)]
+
+
+def test_what_a_lower_tier_gives_up_is_recorded_as_its_own() -> None:
+    machine = machine_with(num_blocks=2, host_blocks=1)
+    for tokens in ([1, 2], [3, 4], [5, 6]):
+        machine.let_go(computed(machine, tokens, claim=4))
+    gone = [(e.medium, e.detail) for e in machine.cache.events if e.kind == ev.BLOCK_REMOVED]
+    assert sorted(gone) == [("device", ""), ("device", ""), ("host", "")]
+
+
+class Hinted(ChainedHash):
+    """Notes what it is told to expect."""
+
+    def reset(self, *, block_size: int, num_tiers: int) -> None:
+        super().reset(block_size=block_size, num_tiers=num_tiers)
+        self.expected: list[tuple[Prefix, list[Block]]] = []
+
+    def expect(self, prefix: Prefix, blocks: list[Block]) -> None:
+        self.expected.append((prefix, list(blocks)))
+
+
+def test_a_lookup_hears_of_those_who_will_be_back() -> None:
+    """With what they give up, as far as it can be found again."""
+    lookup = Hinted()
+    cache = KVCache(
+        num_blocks=8,
+        block_size=2,
+        allocator=make("allocator", "fifo"),
+        lookup=lookup,
+        eviction=make("eviction", "lru"),
+        swap=make("swap", "drop"),
+    )
+    tables = [BlockTable(i, Prefix([1, 2, 3, 4, 5, 6, i], 2, None), 8) for i in range(2)]
+    for table in tables:
+        assert cache.admit(table, Match([], 0), 7)
+    cache.commit(tables[0], 5)
+    blocks = tables[0].blocks[:2]
+    cache.release(tables[0])
+    assert lookup.expected == []
+    cache.commit(tables[1], 7)
+    cache.release(tables[1], returns=True)
+    assert lookup.expected == [(tables[1].prefix, [])], "equal blocks already stand for the first two"
+    assert cache.admit(tables[0], Match(blocks, 4), 7)
+    cache.commit(tables[0], 1)
+    cache.release(tables[0], returns=True)
+    assert lookup.expected[1:] == [(tables[0].prefix, blocks)]
+
+
+def test_a_cache_begins_without_anybody_kept_out() -> None:
+    machine = machine_with(allocator=make("allocator", "first-fit"))
+    assert machine.cache.scattered is False
+    assert machine.cache.memory().external == 0
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_who_is_kept_out_by_pieces_and_who_by_lack_of_room(more: int) -> None:
+    """Just enough is free, in pieces: that is fragmentation. With a block less it is not."""
+    machine = machine_with(
+        allocator=make("allocator", "first-fit"), num_blocks=5, lookup="none", host_blocks=0
+    )
+    held = [machine.hold([i], claim=2) for i in range(5)]
+    for i in (0, 2, 4):
+        machine.let_go(held[i])
+    waiting = Held(9, [9] * 5, None, 2)
+    assert not machine.cache.admit(waiting.table, Match([], 0), 6 + 2 * more)
+    assert machine.cache.scattered is (not more)
+    assert machine.cache.memory().external == (0 if more else 6)
+    assert machine.cache.admit(waiting.table, Match([], 0), 2)
+    assert machine.cache.scattered is False
+
+
+def test_a_run_within_a_share_is_refused_where_others_have_theirs() -> None:
+    """What is reserved for one tenant lies in the middle of the only run that another could have."""
+    cache = KVCache(
+        num_blocks=5,
+        block_size=1,
+        allocator=make("allocator", "first-fit"),
+        lookup=make("lookup", "chained-hash"),
+        eviction=make("eviction", "quota", shares="a=0.2,b=0.8", reserved=True),
+        swap=make("swap", "drop"),
+    )
+    tables = [BlockTable(i, Prefix([i], 1, "bbabb"[i]), 1) for i in range(5)]
+    for table in tables:
+        assert cache.admit(table, Match([], 0), 1)
+        cache.commit(table, 1)
+    for table in tables:
+        cache.release(table)
+    wide = BlockTable(9, Prefix([9, 9, 9], 1, "b"), 3)
+    assert not cache.admit(wide, Match([], 0), 3)
+    assert cache.scattered
+    assert cache.device.num_cached == 5
+    assert cache.admit(wide, Match([], 0), 2)
+    assert cache.device.num_cached == 3
+
+
 def test_why_a_block_went_is_recorded() -> None:
     machine = machine_with()
     held = computed(machine, [1, 2, 3])
@@ -171,6 +323,19 @@ def test_only_what_is_awaited_makes_a_better_match() -> None:
     assert cache.better_match is False
 
 
+def test_where_parts_of_blocks_are_found_everything_may_make_a_better_match() -> None:
+    machine = machine_with(lookup="radix", block_size=4)
+    waiting = Held(50, [1, 2, 3, 4, 5], None, 4)
+    machine.cache.await_better(waiting.table.prefix, Match([], 0), 4)
+    assert machine.cache.better_match is False
+    computed(machine, [1, 2, 8, 9])
+    assert machine.cache.better_match is True
+    assert machine.cache.match(waiting.table.prefix, 4).num_tokens == 2
+    machine.cache.await_nothing()
+    computed(machine, [1, 2, 3, 9])
+    assert machine.cache.better_match is False
+
+
 def test_a_match_that_cannot_be_longer_awaits_nothing() -> None:
     machine = machine_with()
     machine.let_go(computed(machine, [1, 2, 3]))
@@ -182,29 +347,52 @@ def test_a_match_that_cannot_be_longer_awaits_nothing() -> None:
     assert machine.cache.better_match is False
 
 
-def brought_up(told: list[tuple[int, str]]) -> CacheMachine:
-    """The content of tokens 1, 2 lies in the host tier; bring its first block up to where another's was."""
-    machine = small_machine()
-    machine.cache.prefetched._tell = lambda block, fate: told.append((block.index, fate))
+def brought_up(num_blocks: int = 3) -> CacheMachine:
+    """The content of tokens 1, 2 lies in the host tier; its first block was brought up to where another's was."""
+    machine = machine_with(block_size=1, num_blocks=num_blocks)
     machine.let_go(computed(machine, [1, 2]))
-    machine.let_go(computed(machine, [3, 4, 5]))
+    machine.let_go(computed(machine, list(range(3, 3 + num_blocks))))
     below = [b for b in machine.cache.pools[HOST].blocks if b.key is not None]
     first = min(below, key=lambda b: b.depth)
+    assert machine.cache.prefetch(first) is None, "no block is free, and nobody said that one may be evicted"
     assert machine.cache.prefetch(first, evict=True) is not None
     return machine
 
 
 def test_the_fate_of_what_was_brought_up() -> None:
-    """Used, cleared away, or in the way of what was asked for."""
-    told: list[tuple[int, str]] = []
-    brought_up(told).hold([1, 9], claim=2)
-    assert [fate for _, fate in told] == ["done", "useful"]
-    told.clear()
-    brought_up(told).cache.clear()
-    assert [fate for _, fate in told] == ["done", "useless"]
-    told.clear()
-    brought_up(told).hold([3, 4, 5], claim=3)
-    assert [fate for _, fate in told] == ["done", "harmful"]
+    """Used, cleared away, spoiled, or in the way of what was asked for, which lies in the host tier or nowhere."""
+    machine = brought_up()
+    machine.hold([1, 9], claim=2)
+    assert machine.fates == {"done": 1, "useful": 1}
+    machine = brought_up()
+    machine.cache.clear()
+    assert machine.fates == {"done": 1, "useless": 1}
+    machine = brought_up()
+    (block,) = machine.cache.prefetched.unused
+    machine.cache.spoiled({(DEVICE, block.index)})
+    assert machine.fates == {"done": 1, "useless": 1}
+    machine = brought_up()
+    machine.hold([3, 4, 5], claim=3)
+    assert machine.fates == {"done": 1, "harmful": 1}
+    machine = brought_up(num_blocks=4)
+    held = machine.hold([3, 4, 5, 6, 7], claim=4)
+    assert held.table.num_tokens == 4, "found, the last of it in the host tier"
+    assert machine.fates == {"done": 1, "harmful": 1}
+
+
+def test_a_place_that_was_taken_twice_is_the_last_ones() -> None:
+    """Two loads took the place of one content, which had come back in between: the second is the one that harms."""
+    told: list[tuple[Block, str]] = []
+    books = Prefetched(lambda block, fate: told.append((block, fate)))
+    first, second = Block(1), Block(2)
+    books.begin(first, 7)
+    books.begin(second, 7)
+    books.end([first], "useful")
+    books.missed([7, 8])
+    assert told == [(first, "done"), (second, "done"), (first, "useful"), (second, "harmful")]
+    assert len(books) == 0
+    books.missed([7])
+    assert len(told) == 4
 
 
 @pytest.mark.parametrize("known", [False, True])
