@@ -10,7 +10,7 @@ from test_cache_machine import CacheMachine, Held, small_machine
 from pagedlab import events as ev
 from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.pool import BlockPool
-from pagedlab.cache.prefetched import Prefetched
+from pagedlab.cache.prefetched import Children, Prefetched
 from pagedlab.cache.table import BlockTable
 from pagedlab.policies.block import DEVICE, HOST, Block
 from pagedlab.policies.lookup import ChainedHash, Match, Prefix
@@ -80,8 +80,16 @@ def test_a_loaded_block_was_stored_when_it_came_up() -> None:
     machine.let_go(machine.hold([3, 4, 5], claim=3))
     machine.cache.events.time = 77
     again = machine.hold([1, 2, 6], claim=3)
+    loaded = again.table.blocks[:2]
     assert again.table.num_tokens == 2
-    assert [b.created for b in again.table.blocks[:2]] == [77, 77]
+    assert [b.created for b in loaded] == [77, 77]
+    assert loaded[1].born == loaded[0].born + 1
+    event = last(machine, ev.BLOCKS_LOADED)
+    assert (event.seq_id, event.medium, event.detail) == (again.table.seq_id, "host", "")
+    assert (list(event.blocks), list(event.keys)) == (
+        [b.index for b in loaded],
+        [b.key for b in loaded],
+    )
 
 
 def test_a_fork_is_recorded_and_makes_the_childs_table_anew() -> None:
@@ -95,11 +103,18 @@ def test_a_fork_is_recorded_and_makes_the_childs_table_anew() -> None:
     event = last(machine, ev.SEQUENCE_FORKED)
     assert (event.seq_id, list(event.blocks)) == (9, child.table.indices)
     assert event.detail == f"from {parent.table.seq_id}"
-    shared = child.table.blocks[1].index
+    shared, before = child.table.blocks[1].index, child.table.version
     child.tokens.append(4)
     machine.step([(child, 1)])
     event = last(machine, ev.BLOCKS_COPIED)
     assert (event.seq_id, tuple(event.blocks)) == (9, (shared, child.table.indices[1]))
+    assert child.table.version > before, "a copy on write is no growing at the end"
+    before = child.table.version
+    child.tokens += [5, 6, 7]
+    machine.step([(child, 3)])
+    event = last(machine, ev.BLOCKS_ALLOCATED)
+    assert (event.seq_id, list(event.blocks)) == (9, child.table.indices[2:])
+    assert child.table.version == before
 
 
 def test_swapping_is_recorded() -> None:
@@ -205,6 +220,164 @@ def test_what_a_lower_tier_gives_up_is_recorded_as_its_own() -> None:
         machine.let_go(computed(machine, tokens, claim=4))
     gone = [(e.medium, e.detail) for e in machine.cache.events if e.kind == ev.BLOCK_REMOVED]
     assert sorted(gone) == [("device", ""), ("device", ""), ("host", "")]
+
+
+def test_what_is_stored_already_is_not_said_to_be_stored() -> None:
+    machine = machine_with()
+    one, two = machine.hold([1, 2, 3], claim=3), machine.hold([1, 2, 4], claim=3)
+    machine.step([(one, 3), (two, 3)])
+    assert [e.seq_id for e in machine.cache.events if e.kind == ev.BLOCK_STORED] == [one.table.seq_id]
+
+
+def test_a_part_of_a_block_is_copied_on_record() -> None:
+    machine = machine_with(lookup="radix", block_size=4)
+    source = computed(machine, [1, 2, 3, 4, 5]).table.indices[0]
+    held = machine.hold([1, 2, 3, 9], claim=4)
+    event = last(machine, ev.BLOCKS_COPIED)
+    assert (event.seq_id, tuple(event.blocks)) == (held.table.seq_id, (source, held.table.indices[0]))
+
+
+def an_orphan() -> tuple[CacheMachine, Held]:
+    """Somebody runs whose second block continues what was forgotten; the same two tokens lie in the host tier."""
+    machine = machine_with(block_size=1, num_blocks=4)
+    old = machine.hold([1, 2], claim=1)
+    machine.step([(old, 1)])
+    machine.cache.clear()
+    machine.let_go(computed(machine, [1, 2]))
+    machine.let_go(machine.hold([3], claim=3))
+    machine.step([(old, 1)])
+    return machine, old
+
+
+def test_a_load_displaces_an_orphan() -> None:
+    machine, old = an_orphan()
+    orphan = old.table.blocks[1]
+    assert orphan.key is not None
+    again = machine.hold([1, 2, 3], claim=2)
+    assert again.table.num_tokens == 2
+    event = next(e for e in machine.cache.events if e.detail == "orphan")
+    assert (event.medium, list(event.blocks)) == ("device", [orphan.index])
+    assert orphan.key is None
+    machine.books_balance()
+    machine.nothing_stands_twice()
+
+
+def test_a_prefetched_orphan_that_makes_way_was_useless() -> None:
+    """It was pushed out and brought up again before its content was computed anew."""
+    machine, old = an_orphan()
+    valid = [b for b in machine.cache.pools[HOST].blocks if b.key is not None]
+    for block in valid:
+        machine.cache.spoiled({(HOST, block.index)})
+    machine.let_go(old)
+    machine.let_go(machine.hold([7], claim=4))
+    (orphan,) = (b for b in machine.cache.pools[HOST].blocks if b.key is not None)
+    assert machine.cache.prefetch(orphan) is not None
+    machine.hold([9], claim=1)
+    computed(machine, [1, 2])
+    assert machine.fates == {"done": 1, "useless": 1}
+    gone = [(e.medium, e.detail) for e in machine.cache.events if e.detail == "orphan"]
+    assert ("device", "orphan") in gone
+
+
+def test_a_prefetch_whose_source_makes_way_is_useless() -> None:
+    """Making room for it evicts an orphan to the host tier, where that takes its very place."""
+    machine, old = an_orphan()
+    machine.hold([8], claim=2)
+    machine.let_go(old)
+    second = max((b for b in machine.cache.pools[HOST].blocks if b.key is not None), key=lambda b: b.depth)
+    machine.hold([9], claim=machine.cache.device.num_free)
+    assert machine.cache.device.num_free == 0
+    assert machine.cache.prefetch(second, evict=True) is not None
+    assert machine.fates == {"done": 1, "useless": 1}
+    assert not len(machine.cache.prefetched)
+    machine.books_balance()
+    machine.content_is_right()
+
+
+def test_a_prefetch_takes_the_one_block_that_may_go() -> None:
+    machine = machine_with(block_size=1, num_blocks=3)
+    machine.let_go(computed(machine, [1, 2]))
+    for tokens in ([3], [4], [5]):
+        machine.let_go(computed(machine, tokens))
+    below = [b for b in machine.cache.pools[HOST].blocks if b.key is not None]
+    assert below
+    device = machine.cache.device.blocks
+    oldest, *rest = sorted((b for b in device if b.key is not None), key=lambda b: b.born)
+    assert len(rest) == 2
+    assert machine.cache.prefetch(below[0], evict=True, protected=device) is None
+    keys = [b.key for b in (oldest, *rest)]
+    new = machine.cache.prefetch(below[0], evict=True, protected=[oldest, rest[0]])
+    assert new is rest[1]
+    assert [b.key for b in (oldest, rest[0])] == keys[:2]
+    event = last(machine, ev.BLOCKS_PREFETCHED)
+    assert (event.medium, list(event.blocks), list(event.keys)) == ("host", [new.index], [new.key])
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_who_comes_back_leaves_what_is_to_be_spared(spare: int) -> None:
+    machine = machine_with(num_blocks=4)
+    held = computed(machine, [1, 2, 3])
+    assert machine.cache.swap_out(held.table)
+    machine.hold([9], claim=4)
+    assert machine.cache.swap_in(held.table, 3, spare=spare) is (not spare)
+    assert machine.cache.device.num_free + machine.cache.device.num_cached == 2 * spare
+
+
+def test_who_comes_back_takes_nothing_from_a_reserved_share() -> None:
+    """Two of tenant b's blocks are kept for it; a has blocks of its own that can go."""
+    cache = KVCache(
+        num_blocks=4,
+        block_size=1,
+        allocator=make("allocator", "fifo"),
+        lookup=make("lookup", "chained-hash"),
+        eviction=make("eviction", "quota", shares="a=0.5,b=0.5", reserved=True),
+        swap=make("swap", "host"),
+        host_blocks=4,
+    )
+
+    def admitted(tokens: list[int], salt: str) -> BlockTable:
+        table = BlockTable(tokens[0], Prefix(tokens, 1, salt), len(tokens))
+        assert cache.admit(table, Match([], 0), len(tokens))
+        cache.commit(table, len(tokens))
+        return table
+
+    kept = admitted([1, 2], "b")
+    cache.release(kept)
+    away = admitted([3], "a")
+    assert cache.swap_out(away)
+    other = admitted([4], "a")
+    cache.release(other)
+    assert cache.device.num_cached + cache.device.num_free == 4
+    assert cache.swap_in(away, 2)
+    found = cache.match(Prefix([1, 2, 0], 1, "b"), 2)
+    assert [b.tier for b in found.blocks] == [DEVICE, DEVICE]
+    cache.check([away])
+
+
+def test_children_are_remembered_through_any_number_of_sweeps() -> None:
+    """Entries are swept now and then: what is in its place is still known, and what is kept is bounded."""
+    blocks = [Block(i, HOST) for i in range(4)]
+    children = Children(blocks)
+    for n in range(500):
+        block = blocks[n % 3]
+        block.key, block.parent, block.born = n, n % 2, n
+        children.add(block)
+        if n >= 3:
+            stored = sorted(blocks[:3], key=lambda b: -b.born)
+            assert [children.of(serial) for serial in (0, 1)] == [
+                [b for b in stored if b.parent == serial] for serial in (0, 1)
+            ]
+        assert sum(map(len, children._of.values())) <= 2 * len(blocks) + 64
+    blocks[0].key = None
+    assert blocks[0] not in children.of(0) + children.of(1)
+
+
+def test_a_new_table_holds_nothing() -> None:
+    table = BlockTable(3, Prefix([1, 2], 2, "a"), 8)
+    assert (table.num_tokens, table.num_published, table.version) == (0, 0, 0)
+    assert (table.blocks, table.indices, table.host_blocks, table.swapped) == ([], [], [], False)
+    assert (table.parent, table.parent_key) == (("a",), None)
+    assert (table.seq_id, table.final_len, table.origin.salt) == (3, 8, "a")
 
 
 class Hinted(ChainedHash):
@@ -336,13 +509,14 @@ def test_where_parts_of_blocks_are_found_everything_may_make_a_better_match() ->
     assert machine.cache.better_match is False
 
 
-def test_a_match_that_cannot_be_longer_awaits_nothing() -> None:
+@pytest.mark.parametrize("most", [2, 3])
+def test_a_match_that_cannot_be_longer_awaits_nothing(most: int) -> None:
     machine = machine_with()
     machine.let_go(computed(machine, [1, 2, 3]))
-    waiting = Held(50, [1, 2, 3], None, 2)
-    match = machine.cache.match(waiting.table.prefix, 2)
+    waiting = Held(50, [1, 2, 3, 4], None, 2)
+    match = machine.cache.match(waiting.table.prefix, most)
     assert match.num_tokens == 2
-    machine.cache.await_better(waiting.table.prefix, match, 2)
+    machine.cache.await_better(waiting.table.prefix, match, most)
     computed(machine, [1, 2, 3, 4])
     assert machine.cache.better_match is False
 

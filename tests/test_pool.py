@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from random import Random
 from typing import Any
 
@@ -12,9 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from strategies import Spy, examples, policies, servable
 
 from pagedlab.cache.pool import BlockPool
-from pagedlab.errors import InvariantBroken
+from pagedlab.errors import InvariantBroken, PolicyError
 from pagedlab.policies import Block
 from pagedlab.policies.block import Origin
+from pagedlab.policies.eviction import FIFO
 from pagedlab.policies.quota import Quota
 from pagedlab.registry import make
 
@@ -222,6 +224,54 @@ def test_protecting_what_is_in_use_costs_no_room() -> None:
     assert not p.has_room(4, taken[:3])
     assert p.take(3, taken[:3]) is not None
     assert taken[2].key is not None
+
+
+def test_pieces_continue_where_a_sequence_ends() -> None:
+    """No run is long enough, and none is insisted on: the first piece is the block after the last."""
+    p = pool(6, "first-fit")
+    taken = p.take(6)
+    assert taken is not None
+    p.drop([taken[0], taken[2], taken[4]], 1)
+    assert p.take(1, after=taken[3].index) == [taken[4]]
+    p.drop([taken[4]], 1)
+    pieces = p.take(2, after=taken[3].index)
+    assert pieces is not None
+    assert pieces[0] == taken[4]
+    pieces = p.take(1, after=taken[1].index)
+    assert pieces == [taken[2]]
+
+
+class TakesWhatIsProtected(FIFO):
+    """Looks away."""
+
+    def victims(self, n: int, protected: Collection[Block] = ()) -> list[Block]:
+        return super().victims(n)
+
+
+class PromisesMore(Quota):
+    """Says that there is more to be had than it gives."""
+
+    def obtainable(self, origin: Origin, protected: Collection[Block] = ()) -> int:
+        return 9
+
+    def victims_for(
+        self, origin: Origin, n: int, free: int, protected: Collection[Block] = ()
+    ) -> list[Block] | None:
+        return None if self.shares else super().victims_for(origin, min(n, 1), free, protected)
+
+
+@pytest.mark.parametrize(
+    "eviction", [TakesWhatIsProtected(), PromisesMore(shares="a=0.5", reserved=True), PromisesMore()]
+)
+def test_a_policy_that_gives_up_the_wrong_blocks_is_named(eviction: Any) -> None:
+    p = BlockPool(3, make("allocator", "fifo"), eviction, lambda victims: None, block_size=4)  # type: ignore[arg-type]
+    taken = p.take(3)
+    assert taken is not None
+    publish(p, taken)
+    p.drop(taken, 1)
+    with pytest.raises(PolicyError, match=type(eviction).__name__) as caught:
+        p.take(2, taken[:1], origin=Origin(salt="a"))
+    assert "\n" not in str(caught.value)
 
 
 # ---- shares of a pool --------------------------------------------------------------------------------------------
