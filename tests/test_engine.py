@@ -538,3 +538,24 @@ def test_every_request_has_a_life_on_record() -> None:
         assert event.detail == of[event.seq_id].finish_reason
         assert event.time == of[event.seq_id].finished_at
     assert sorted(e.seq_id for e in by_kind[ev.REQUEST_FINISHED]) == sorted(of)
+
+
+@pytest.mark.parametrize(("prompts", "salts", "waits"), [
+    ([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]], (None, None), True),
+    ([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]], ("a", "b"), False),
+    ([[1, 2, 3, 4, 5], [9, 2, 3, 4, 6]], (None, None), False),
+    ([[1, 2, 3, 4, 5], [1, 2, 3, 4]], (None, None), False),
+])  # fmt: skip
+def test_only_a_prefix_that_is_being_computed_is_waited_for(
+    prompts: list[list[int]], salts: tuple[Any, Any], waits: bool
+) -> None:
+    """With ``wait_for_prefix``: of the same tenant, and a whole block that the later one can use."""
+    engine = Engine(Config(wait_for_prefix=True, block_size=4), StubExecutor(), clock=StepClock())
+    for i, (prompt, salt) in enumerate(zip(prompts, salts)):
+        sampling = SamplingParams(max_tokens=3, ignore_eos=True)
+        engine.add(Request(request_id=str(i), prompt=prompt, salt=salt, sampling=sampling))
+    engine.run()
+    first, second = sorted(engine.finished, key=lambda s: s.seq_id)
+    assert first.admitted_at == 0
+    assert second.admitted_at == waits * PS_PER_SECOND
+    assert second.hit_tokens == 4 * waits

@@ -380,6 +380,52 @@ def test_a_new_table_holds_nothing() -> None:
     assert (table.seq_id, table.final_len, table.origin.salt) == (3, 8, "a")
 
 
+class Colliding(Prefix):
+    """All first blocks have one key, and so on."""
+
+    def keys(self, num_blocks: int) -> list[int]:
+        super().keys(num_blocks)
+        return list(range(100, 100 + num_blocks))
+
+
+def test_equal_keys_of_unequal_contents_cost_a_hit_and_mix_nothing() -> None:
+    cache = KVCache(
+        num_blocks=2,
+        block_size=1,
+        allocator=make("allocator", "fifo"),
+        lookup=make("lookup", "chained-hash"),
+        eviction=make("eviction", "lru"),
+        swap=make("swap", "host"),
+        host_blocks=4,
+    )
+    host = cache.pools[HOST]
+
+    def pushed_out(token: int) -> None:
+        for content, claim in (([token], 1), ([9], 2)):
+            table = BlockTable(token, Colliding(content, 1), 2)
+            assert cache.admit(table, Match([], 0), claim)
+            if claim == 1:
+                cache.commit(table, 1)
+            cache.release(table)
+
+    pushed_out(1)
+    pushed_out(2)
+    assert (host.num_cached, host.num_free) == (1, 3), "the key's place is taken"
+    assert cache.match(Colliding([2, 0], 1), 1).num_tokens == 0
+    match = cache.match(Colliding([1, 0], 1), 1)
+    assert [b.tier for b in match.blocks] == [HOST]
+    other = BlockTable(3, Colliding([3], 1), 1)
+    assert cache.admit(other, Match([], 0), 1)
+    cache.commit(other, 1)
+    loaded = BlockTable(4, Colliding([1, 0], 1), 2)
+    assert cache.admit(loaded, match, 1)
+    assert loaded.num_tokens == 1
+    cache.check([other, loaded])
+    cache.release(loaded)
+    assert (cache.device.num_cached, cache.device.num_free) == (0, 1), "loaded for one, and found by nobody"
+    cache.check([other])
+
+
 class Hinted(ChainedHash):
     """Notes what it is told to expect."""
 
