@@ -73,6 +73,9 @@ PACKAGES: dict[str, dict[str, Any]] = {
             "law5_stub",
             "law6",
             "prefetch",
+            "disk_tier::test_the_planted_faults_are_survived",
+            "disk_tier::test_who_lies_in_a_spoiled_host_block_starts_over",
+            "disk_tier::test_a_disk_that_fails_never_changes_what_is_said",
         ],
         "skip": "real_model or planted_bug or comparison or tells_of_every_load or not_vacuous or paging_wastes"
         " or columns_and_frames or order_of_submission or (every_prefetcher and not think)",
@@ -117,8 +120,11 @@ def mutated(path: Path, chosen: dict[str, Any]) -> bool:
 def bring_up_to_date(work: Path, package: str) -> None:
     """Copy what changed since the last call into the work folder, beside mutmut's own copy."""
     chosen = PACKAGES[package]
+    named = [name.partition("::") for name in chosen["tests"]]
     tests = [
-        f"tests/test_{name}.py" for name in chosen["tests"] if (ROOT / f"tests/test_{name}.py").is_file()
+        f"tests/test_{file}.py{sep}{test}"
+        for file, sep, test in named
+        if (ROOT / f"tests/test_{file}.py").is_file()
     ]
     only, but = chosen["only"], chosen.get("but", [])
     config = CONFIG.format(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import replace
 from itertools import accumulate
 from math import inf, nan
@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from strategies import Scenario, examples, scenarios, serve
 from test_law5_stub import conversation
+from test_law6 import Linear
 
 from pagedlab import events as ev
 from pagedlab.cache.accounting import Memory
@@ -33,8 +34,10 @@ from pagedlab.engine.script import Script
 from pagedlab.engine.view import EngineView
 from pagedlab.errors import ConfigError
 from pagedlab.events import EventLog
+from pagedlab.executors.simulated import SimulatedExecutor
 from pagedlab.executors.stub import StubExecutor
 from pagedlab.policies.block import DEVICE, DISK, HOST, Block
+from pagedlab.policies.eviction import LRU
 
 # ---- what a person asks for ------------------------------------------------------------------------------------------
 
@@ -444,6 +447,17 @@ def test_orders_are_what_they_say_and_records_say_what_was_ordered(scenario: Sce
 
 
 @settings(max_examples=examples(1))
+@given(scenarios(choose={"reservation": ("on-demand",)}))
+def test_on_demand_nobody_holds_a_block_before_it_is_needed(scenario: Scenario) -> None:
+    def lean(engine: Engine) -> None:
+        size = engine.config.block_size
+        for seq in engine.running:
+            assert len(seq.table.blocks) == -(-seq.num_computed // size)
+
+    serve(scenario, check=False, after_step=lean)
+
+
+@settings(max_examples=examples(1))
 @given(scenarios())
 def test_counts_of_a_run_are_counts_over_its_events(scenario: Scenario) -> None:
     engine = serve(scenario, check=False)
@@ -466,6 +480,16 @@ def test_counts_of_a_run_are_counts_over_its_events(scenario: Scenario) -> None:
             assert all(a <= b for a, b in zip(r.moved, more.moved))
     if engine.steps:
         assert engine.steps[-1].moved == totals.moved
+    blocks = Counter[tuple[str, str]]()
+    for e in engine.events:
+        blocks[e.kind, e.medium] += 1 if e.kind == ev.BLOCKS_COPIED else len(e.blocks)
+    moved = totals.moved
+    assert moved.to_host == blocks[ev.BLOCK_STORED, "host"] + blocks[ev.BLOCKS_SAVED, "host"]
+    assert moved.to_disk == blocks[ev.BLOCK_STORED, "disk"]
+    up = sum(
+        blocks[kind, tier] for kind in (ev.BLOCKS_LOADED, ev.BLOCKS_PREFETCHED) for tier in ("host", "disk")
+    )
+    assert moved.to_device + moved.copied == up + blocks[ev.BLOCKS_COPIED, "device"]
 
 
 def test_draws_differ_from_request_to_request_and_not_from_run_to_run() -> None:
@@ -503,6 +527,102 @@ def test_a_stop_string_ends_the_text_before_it() -> None:
         first = min(text.find(s) for s in stop)
         assert seq.text == text[:first]
         assert Speaks().detokenize(seq.output) == text[: first + 2]
+
+
+class Stammers(StubExecutor):
+    """Says every letter twice, or nothing at all."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def detokenize(self, tokens: Any) -> str:
+        return "".join(chr(ord("a") + t % 26) * self.times for t in tokens)
+
+
+@pytest.mark.parametrize("times", [2, 0])
+def test_the_text_ends_before_the_first_of_two_stops_in_one_token(times: int) -> None:
+    said = StubExecutor().reference([1, 2, 3], 12)
+    letters = Speaks().detokenize(said)
+    sampling = SamplingParams(max_tokens=12, ignore_eos=True, stop=(letters[5],) if times else ("X", "XX"))
+    engine = Engine(Config(), Stammers(times), clock=StepClock())
+    engine.add(Request(request_id="a", prompt=[1, 2, 3], sampling=sampling))
+    engine.run()
+    (seq,) = engine.finished
+    if times:
+        assert seq.text == "".join(2 * letter for letter in letters[: letters.index(letters[5])])
+    else:
+        assert (seq.text, seq.finish_reason, len(seq.output)) == (None, "length", 12)
+
+
+def test_tokens_of_steps_in_a_row_are_one_span() -> None:
+    engine = Engine(Config(block_size=4), StubExecutor(), clock=StepClock())
+    sampling = SamplingParams(max_tokens=9, ignore_eos=True)
+    engine.add(Request(request_id="a", prompt=[1, 2, 3], sampling=sampling))
+    engine.add(Request(request_id="b", prompt=[1, 2], arrival=3.0, sampling=sampling))
+    engine.run()
+    spans = {s.request_id: s.spans for s in engine.finished}
+    assert spans == {"a": [[0, 9]], "b": [[3, 9]]}
+
+
+@pytest.mark.parametrize("most", [1, 3, 7])
+def test_a_run_takes_as_many_steps_as_it_may(most: int) -> None:
+    for skip in (True, False):
+        executor = SimulatedExecutor(Linear(), max_model_len=4096)
+        engine = Engine(Config(block_size=16), executor, clock=VirtualClock(), skip_ahead=skip)
+        engine.add(Request(request_id="a", prompt=[1, 2], sampling=SamplingParams(max_tokens=12)))
+        for times in (1, 2):
+            engine.run(max_steps=most)
+            assert engine.events.step == min(12, times * most) == sum(r.count for r in engine.steps)
+        assert engine.has_work == (2 * most < 12)
+
+
+def test_samples_stand_behind_the_one_they_part_from() -> None:
+    engine = Engine(Config(), StubExecutor(), clock=StepClock())
+    for name, n in (("a", 3), ("b", 1)):
+        sampling = SamplingParams(max_tokens=4, n=n, ignore_eos=True)
+        engine.add(Request(request_id=name, prompt=[1, 2, 3], sampling=sampling))
+    engine.step()
+    assert [(s.request_id, s.sample_index) for s in engine.running] == [
+        ("a", 0),
+        ("a", 1),
+        ("a", 2),
+        ("b", 0),
+    ]
+
+
+def test_the_future_is_known_only_where_that_is_said() -> None:
+    with pytest.raises(ConfigError, match="oracle"):
+        Engine(Config(prefetch="oracle", swap="host"), StubExecutor(), clock=StepClock())
+
+
+class Listens(LRU):
+    """Notes of every miss whether somebody asked again."""
+
+    def reset(self, *, capacity: int) -> None:
+        super().reset(capacity=capacity)
+        self.heard: list[bool] = []
+
+    def miss(self, key: Any, readmitted: bool = False) -> None:
+        self.heard.append(readmitted)
+
+
+def test_who_comes_back_after_a_preemption_is_said_to_ask_again() -> None:
+    heard: dict[int, list[bool]] = {}
+    for num_blocks in (64, 6):
+        config = Config(
+            num_blocks=num_blocks, block_size=2, eviction=Listens(), preemption="recompute", max_model_len=12
+        )
+        requests = [
+            Request(request_id=str(i), prompt=[i] * 4, sampling=SamplingParams(max_tokens=7))
+            for i in range(3)
+        ]
+        engine = serve(Scenario(config, requests))
+        heard[num_blocks] = engine.policies.eviction.heard
+        assert bool(engine.totals.preemptions) == (num_blocks == 6)
+    assert heard[64] == [False] * 6
+    assert heard[6].count(False) == 6
+    assert True in heard[6]
 
 
 def test_tokens_end_a_request_unless_it_says_otherwise() -> None:

@@ -318,6 +318,19 @@ def test_it_is_woken_at_its_time_while_others_decode_and_a_leap_does_not_pass_it
     assert asked[True] == asked[False]
 
 
+def test_nobody_is_asked_before_something_happens() -> None:
+    """Neither at the beginning nor while nothing runs: first when a request has come."""
+    engine = served(Bring(at=1e13), [ask("a", "a2", 5), ask("b", "b2", 9)])
+    assert engine.policies.prefetch.asked[0] == 5.0
+
+
+def test_what_is_brought_up_counts_as_moved() -> None:
+    engine = served(Bring(), [*PUSHED_OUT, AGAIN], cost=Seconds(block=0.5))
+    assert engine.totals.moved.to_device == 2
+    stored = [e for e in engine.events if (e.kind, e.medium) == (ev.BLOCK_STORED, "host")]
+    assert engine.totals.moved.to_host == len(stored)
+
+
 def test_none_is_asked_nothing() -> None:
     engine = served("none", [*PUSHED_OUT, AGAIN])
     assert engine.prefetching is None
