@@ -31,6 +31,7 @@ from pagedlab.engine.plan import Queue
 from pagedlab.engine.records import Moved, StepRecord, step_ends
 from pagedlab.engine.request import Hints, Request, SamplingParams
 from pagedlab.engine.script import Script
+from pagedlab.engine.sequence import Group, Sequence
 from pagedlab.engine.view import EngineView
 from pagedlab.errors import ConfigError
 from pagedlab.events import EventLog
@@ -38,6 +39,7 @@ from pagedlab.executors.simulated import SimulatedExecutor
 from pagedlab.executors.stub import StubExecutor
 from pagedlab.policies.block import DEVICE, DISK, HOST, Block
 from pagedlab.policies.eviction import LRU
+from pagedlab.policies.prompt import HashedPrompt, HashedTokens
 
 # ---- what a person asks for ------------------------------------------------------------------------------------------
 
@@ -577,6 +579,19 @@ def test_a_run_takes_as_many_steps_as_it_may(most: int) -> None:
         assert engine.has_work == (2 * most < 12)
 
 
+def test_a_sample_begins_with_what_there_is() -> None:
+    """Also where the prompt is known by hashes alone: as many tokens, of which those generated are its own."""
+    prompt = HashedPrompt([3, 4], 7, 4)
+    request = Request(request_id="a", prompt=prompt)
+    for tokens in (HashedTokens(prompt, 5, 2), [1, 2, 3]):
+        seq = Sequence(0, Group(request, 0, 0, []), 0, tokens, 20, 4)
+        copy = seq.fork_tokens(6)
+        assert copy is not tokens
+        assert len(copy) == len(tokens)
+        assert copy[:3] == tokens[:3]
+        assert (copy[:] == tokens[:]) == isinstance(tokens, list)
+
+
 def test_samples_stand_behind_the_one_they_part_from() -> None:
     engine = Engine(Config(), StubExecutor(), clock=StepClock())
     for name, n in (("a", 3), ("b", 1)):
@@ -643,9 +658,11 @@ def test_tokens_end_a_request_unless_it_says_otherwise() -> None:
         assert (seq.finish_reason, len(seq.output)) == (reason, length)
 
 
-def test_every_request_has_a_life_on_record() -> None:
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_every_request_has_a_life_on_record(preemption: str) -> None:
     """Who arrives, is let in, put back, let in again and ends is named, with the reason."""
-    engine = serve(conversation())
+    scenario = conversation("chained-hash", "host")
+    engine = serve(scenario, config=scenario.config.replace(preemption=preemption))
     by_kind: dict[str, list[Any]] = {}
     for event in engine.events:
         by_kind.setdefault(event.kind, []).append(event)
@@ -658,6 +675,14 @@ def test_every_request_has_a_life_on_record() -> None:
         assert event.detail == of[event.seq_id].finish_reason
         assert event.time == of[event.seq_id].finished_at
     assert sorted(e.seq_id for e in by_kind[ev.REQUEST_FINISHED]) == sorted(of)
+    back, again = (
+        [(e.seq_id, e.detail) for e in by_kind[k]] for k in (ev.REQUEST_PREEMPTED, ev.REQUEST_RESUMED)
+    )
+    assert Counter(back) == Counter(again)
+    assert {how for _, how in back} == {preemption}
+    assert Counter(seq_id for seq_id, _ in back) == {
+        i: s.num_preemptions for i, s in of.items() if s.num_preemptions
+    }
 
 
 @pytest.mark.parametrize(("prompts", "salts", "waits"), [
