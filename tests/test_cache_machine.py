@@ -408,9 +408,13 @@ class CacheMachine(RuleBasedStateMachine):
     def swap_out(self, pick: Random) -> None:
         held = pick.choice(self.running())
         before = self.state()
+        last = [b.index for b in reversed(held.table.blocks) if b.ref_count == 1 and b.key is not None]
+        start = len(self.spies[DEVICE].log)
         done = self.cache.swap_out(held.table)
         self.unless(done, before, "swap out")
         assert held.table.swapped == done
+        said = [index for what, index in self.spies[DEVICE].log[start:] if what == "release"]
+        assert said == (last if done else []), "tail first, too"
 
     @precondition(lambda self: self.swapped())
     @rule(pick=PICK, claim=st.integers(0, 6), spare=st.integers(0, 1))

@@ -367,6 +367,7 @@ def test_who_comes_back_takes_nothing_from_a_reserved_share() -> None:
     other = admitted([4], "a")
     cache.release(other)
     assert cache.device.num_cached + cache.device.num_free == 4
+    assert not cache.admit(BlockTable(5, Prefix([5, 6, 7], 1, "a"), 3), Match([], 0), 3)
     assert cache.swap_in(away, 2)
     found = cache.match(Prefix([1, 2, 0], 1, "b"), 2)
     assert [b.tier for b in found.blocks] == [DEVICE, DEVICE]
@@ -483,6 +484,40 @@ def test_a_lookup_hears_of_those_who_will_be_back() -> None:
     assert lookup.expected[1:] == [(tables[0].prefix, blocks)]
 
 
+def test_there_are_as_many_tiers_as_were_asked_for() -> None:
+    def cache(**sizes: int) -> KVCache:
+        return KVCache(
+            num_blocks=2,
+            block_size=1,
+            allocator=make("allocator", "fifo"),
+            lookup=make("lookup", "chained-hash"),
+            eviction=make("eviction", "lru"),
+            swap=make("swap", "disk"),
+            **sizes,
+        )
+
+    device, host, disk = cache(), cache(host_blocks=3), cache(host_blocks=3, disk_blocks=4)
+    assert [pool.capacity for pool in device.pools] == [2]
+    assert [pool.capacity for pool in host.pools] == [2, 3]
+    assert [pool.capacity for pool in disk.pools] == [2, 3, 4]
+    assert (device.host, device.disk, host.disk) == (None, None, None)
+    assert [disk.device, disk.host, disk.disk] == disk.pools
+
+
+def test_who_is_let_in_gets_a_run_even_if_somebody_has_to_go_for_it() -> None:
+    machine = machine_with(allocator=make("allocator", "first-fit"), num_blocks=4, host_blocks=0)
+    held = [machine.hold([i], claim=2) for i in range(4)]
+    machine.step([(h, len(h.tokens)) for h in held])
+    held[1].tokens.append(7)
+    machine.step([(held[1], 1)])
+    for h in held[:3]:
+        machine.let_go(h)
+    assert (machine.cache.device.num_free, machine.cache.device.num_cached) == (2, 1)
+    first, second = machine.hold([8, 8, 8], claim=4).table.indices
+    assert second == first + 1
+    assert machine.cache.device.num_cached == 0
+
+
 def test_a_cache_begins_without_anybody_kept_out() -> None:
     machine = machine_with(allocator=make("allocator", "first-fit"))
     assert machine.cache.scattered is False
@@ -540,6 +575,7 @@ def test_why_a_block_went_is_recorded() -> None:
         "device",
         held.table.indices[:1],
     )
+    assert event.seq_id == -1, "a block that goes is nobody's"
     other = computed(machine, [5, 6, 7])
     assert machine.cache.spoiled({(DEVICE, other.table.indices[0])}) == {other.table.blocks[0]}
     event = last(machine, ev.BLOCK_REMOVED)
@@ -630,9 +666,11 @@ def test_a_place_that_was_taken_twice_is_the_last_ones() -> None:
     books.missed([7, 8])
     assert told == [(first, "done"), (second, "done"), (first, "useful"), (second, "harmful")]
     assert len(books) == 0
-    books.begin(first, 9)
+    books.begin(second, 9)
     books.missed([7])
     assert len(books) == 1, "whose place it took before does not matter any more"
+    books.missed([9])
+    assert len(books) == 0
 
 
 @pytest.mark.parametrize("known", [False, True])

@@ -248,6 +248,13 @@ class TakesWhatIsProtected(FIFO):
         return super().victims(n)
 
 
+class NamesOneTwice(FIFO):
+    """Counts what it says, not what that is."""
+
+    def victims(self, n: int, protected: Collection[Block] = ()) -> list[Block]:
+        return n * super().victims(1, protected)
+
+
 class PromisesMore(Quota):
     """Says that there is more to be had than it gives."""
 
@@ -261,15 +268,21 @@ class PromisesMore(Quota):
 
 
 @pytest.mark.parametrize(
-    "eviction", [TakesWhatIsProtected(), PromisesMore(shares="a=0.5", reserved=True), PromisesMore()]
+    ("eviction", "says"),
+    [
+        (TakesWhatIsProtected(), "<block .* which it must not"),
+        (NamesOneTwice(), "1 victims of 2, though 3 blocks are cached"),
+        (PromisesMore(shares="a=0.5", reserved=True), "0 victims of 2"),
+        (PromisesMore(), "1 victims of 2"),
+    ],
 )
-def test_a_policy_that_gives_up_the_wrong_blocks_is_named(eviction: Any) -> None:
+def test_a_policy_that_gives_up_the_wrong_blocks_is_named(eviction: Any, says: str) -> None:
     p = BlockPool(3, make("allocator", "fifo"), eviction, lambda victims: None, block_size=4)  # type: ignore[arg-type]
     taken = p.take(3)
     assert taken is not None
     publish(p, taken)
     p.drop(taken, 1)
-    with pytest.raises(PolicyError, match=type(eviction).__name__) as caught:
+    with pytest.raises(PolicyError, match=f"{type(eviction).__name__} named {says}") as caught:
         p.take(2, taken[:1], origin=Origin(salt="a"))
     assert "\n" not in str(caught.value)
 
