@@ -392,7 +392,7 @@ class Auditor(StubExecutor):
         super().__init__(**params)
         self.encoded: dict[int, tuple[int, list[int]]] = {}
         self.computed: dict[int, int] = {}
-        self.sums: list[tuple[int, int, int, int]] = []
+        self.sums: list[tuple[int, int, int, int, int]] = []
         self.steps: list[int] = []
 
     def execute(self, orders: StepOrders) -> StepResult:
@@ -427,7 +427,7 @@ class Auditor(StubExecutor):
         assert (work.decode_seqs, work.context_tokens) == (decodes, context)
         assert (work.prefill_seqs, work.prefill_tokens, work.prefill_pairs) == (prefilling, prefills, pairs)
         assert work.samples == samples
-        self.sums.append((decodes, context, prefills, pairs))
+        self.sums.append((decodes, context, prefills, pairs, len(orders.batch)))
         self.steps.append(orders.step)
         return super().execute(orders)
 
@@ -443,9 +443,22 @@ def test_orders_are_what_they_say_and_records_say_what_was_ordered(scenario: Sce
     engine, auditor = audited(scenario)
     assert auditor.steps == list(range(len(auditor.steps)))
     assert [r.step for r in engine.steps] == auditor.steps
-    for r, (decodes, context, prefills, pairs) in zip(engine.steps, auditor.sums, strict=True):
+    for r, (decodes, context, prefills, pairs, entries) in zip(engine.steps, auditor.sums, strict=True):
+        assert decodes + prefills <= engine.config.max_num_batched_tokens or entries == 1
         assert (r.decode_tokens, r.context_tokens) == (decodes, context)
         assert (r.prefill_tokens, r.prefill_pairs) == (prefills, pairs)
+
+
+def test_who_decodes_is_within_the_budget_of_those_who_prefill() -> None:
+    config = Config(max_num_batched_tokens=8, max_num_seqs=4, num_blocks=64, block_size=4)
+    requests = [
+        Request(request_id=str(i), prompt=[i] * (2 if i < 3 else 30), sampling=SamplingParams(max_tokens=12))
+        for i in range(4)
+    ]
+    engine, auditor = audited(Scenario(config, requests))
+    assert [decodes + prefills for decodes, _, prefills, *_ in auditor.sums[:6]] == [8, 8, 8, 8, 8, 8]
+    assert [prefills for _, _, prefills, *_ in auditor.sums[:6]] == [8, 5, 5, 5, 5, 5]
+    assert engine.steps[0].num_running == 4
 
 
 @settings(max_examples=examples(1))
