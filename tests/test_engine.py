@@ -26,7 +26,7 @@ from pagedlab.engine.clock import PS_PER_SECOND, StepClock, VirtualClock, WallCl
 from pagedlab.engine.decoders import Decoders
 from pagedlab.engine.engine import Engine
 from pagedlab.engine.link import Link
-from pagedlab.engine.orders import StepOrders, StepResult
+from pagedlab.engine.orders import Damage, StepOrders, StepResult, TierFault
 from pagedlab.engine.plan import Queue
 from pagedlab.engine.records import Moved, StepRecord, step_ends
 from pagedlab.engine.request import Hints, Request, SamplingParams
@@ -669,6 +669,36 @@ def test_tokens_end_a_request_unless_it_says_otherwise() -> None:
         engine.run()
         (seq,) = engine.finished
         assert (seq.finish_reason, len(seq.output)) == (reason, length)
+
+
+def test_who_was_given_a_spoiled_block_starts_over_at_once() -> None:
+    """Not swapped out, for what would be kept is not worth it; and the scheduler is asked again, though it had said
+    that its decision stands while all decode.
+    """
+    config = Config(swap="host", preemption="swap", block_size=4, num_blocks=32)
+    engine = Engine(config, StubExecutor(), clock=StepClock())
+    for i in range(3):
+        sampling = SamplingParams(max_tokens=20, ignore_eos=True)
+        engine.add(Request(request_id=str(i), prompt=[i] * 6, sampling=sampling))
+    engine.run(max_steps=4)
+    first, second, third = engine.running
+    spoiled = (DEVICE, second.table.indices[0])
+    fault = TierFault(DISK, 7, "damaged")
+    assert engine._suffer(Damage([fault], {spoiled})) == [second]
+    assert engine.running == [first, third]
+    assert list(engine.waiting) == [second]
+    assert second.num_computed == 0
+    told = [e for e in engine.events if e.kind in (ev.TIER_FAULT, ev.REQUEST_PREEMPTED)]
+    assert [(e.kind, e.seq_id, e.medium, e.detail) for e in told] == [
+        (ev.TIER_FAULT, -1, "disk", "damaged"),
+        (ev.REQUEST_PREEMPTED, second.seq_id, "device", "fault"),
+    ]
+    assert list(told[0].blocks) == [7]
+    engine.step()
+    assert engine.running == [first, third, second]
+    engine.run()
+    for i, seq in enumerate((first, second, third)):
+        assert seq.output == StubExecutor().reference([i] * 6, 20)
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
