@@ -25,14 +25,15 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "mutants"
 EQUIVALENT = ROOT / "benchmarks" / "results" / "mutants-equivalent.md"
-BATCH = 40
+BATCH = 400
 """Mutants a call of mutmut, which runs the tests once without a change before it begins."""
 
-PACKAGES = {
+PACKAGES: dict[str, dict[str, Any]] = {
     "cache": {
         "only": ["pagedlab/cache/*.py"],
         "but": ["pagedlab/cache/replay.py"],
@@ -57,19 +58,32 @@ PACKAGES = {
     },
     "engine": {
         "only": ["pagedlab/engine/*.py"],
+        # Its protocols are checked at run time: a method more, and nobody has them all.
+        "but": ["pagedlab/engine/orders.py"],
         "tests": [
+            "engine",
             "scheduler",
             "ordering",
             "preemption",
             "reservation",
             "faults",
             "events",
+            "view",
+            "accounting",
             "law5_stub",
-            "gaps",
+            "law6",
+            "prefetch",
+            "disk_tier::test_who_lies_in_a_spoiled_host_block_starts_over",
+            "disk_tier::test_a_disk_that_fails_never_changes_what_is_said",
         ],
+        "skip": "real_model or planted_bug or comparison or tells_of_every_load or not_vacuous or paging_wastes"
+        " or columns_and_frames or order_of_submission or every_prefetcher or policies_never_change"
+        " or eviction_protocol or where_not_all or two_tenants",
     },
 }
-"""The files that are changed, and the tests that are quick and reach them."""
+"""The files that are changed, and the tests that are quick and reach them; ``skip`` names slow ones among these."""
+
+ARGUMENTS = ["-p", "no:cacheprovider", "--no-header"]
 
 CONFIG = """
 [tool.mutmut]
@@ -77,9 +91,9 @@ source_paths = ["pagedlab"]
 only_mutate = {only}
 do_not_mutate = {but}
 do_not_mutate_patterns = {patterns}
-pytest_add_cli_args = ["-p", "no:cacheprovider", "--no-header"]
+pytest_add_cli_args = {arguments}
 pytest_add_cli_args_test_selection = {tests}
-timeout_multiplier = 4.0
+timeout_multiplier = 0.75
 timeout_constant = 10.0
 track_dependencies = false
 use_git_change_detection = false
@@ -97,7 +111,7 @@ def raising(only: list[str]) -> list[str]:
     return [f"^{re.escape(line)}$" for line in sorted(lines) if line.strip() not in (")", "(")]
 
 
-def mutated(path: Path, chosen: dict[str, list[str]]) -> bool:
+def mutated(path: Path, chosen: dict[str, Any]) -> bool:
     return any(path.match(p) for p in chosen["only"]) and not any(
         path.match(p) for p in chosen.get("but", [])
     )
@@ -106,14 +120,18 @@ def mutated(path: Path, chosen: dict[str, list[str]]) -> bool:
 def bring_up_to_date(work: Path, package: str) -> None:
     """Copy what changed since the last call into the work folder, beside mutmut's own copy."""
     chosen = PACKAGES[package]
+    named = [name.partition("::") for name in chosen["tests"]]
     tests = [
-        f"tests/test_{name}.py" for name in chosen["tests"] if (ROOT / f"tests/test_{name}.py").is_file()
+        f"tests/test_{file}.py{sep}{test}"
+        for file, sep, test in named
+        if (ROOT / f"tests/test_{file}.py").is_file()
     ]
     only, but = chosen["only"], chosen.get("but", [])
     config = CONFIG.format(
         only=json.dumps(only),
         but=json.dumps(but),
         tests=json.dumps(tests),
+        arguments=json.dumps([*ARGUMENTS, *(["-k", f"not ({chosen['skip']})"] if "skip" in chosen else [])]),
         patterns=json.dumps(raising(only)),
     )
     work.mkdir(parents=True, exist_ok=True)

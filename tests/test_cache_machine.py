@@ -28,6 +28,7 @@ from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.table import BlockTable
 from pagedlab.policies.block import DEVICE, DISK, HOST
 from pagedlab.policies.lookup import Lookup, Match, Prefix
+from pagedlab.policies.prefetch import ENDS
 from pagedlab.policies.swap import ADMISSIONS
 from pagedlab.registry import make
 
@@ -215,7 +216,6 @@ class CacheMachine(RuleBasedStateMachine):
                 for h in self.held
             ],
             Counter(self.fates),
-            cache.hit_tokens,
             # Why an admission failed may be said: free blocks without a run that is long enough are `external`.
             cache.memory()._replace(external=0, free=cache.device.num_free),
         )
@@ -408,9 +408,13 @@ class CacheMachine(RuleBasedStateMachine):
     def swap_out(self, pick: Random) -> None:
         held = pick.choice(self.running())
         before = self.state()
+        last = [b.index for b in reversed(held.table.blocks) if b.ref_count == 1 and b.key is not None]
+        start = len(self.spies[DEVICE].log)
         done = self.cache.swap_out(held.table)
         self.unless(done, before, "swap out")
         assert held.table.swapped == done
+        said = [index for what, index in self.spies[DEVICE].log[start:] if what == "release"]
+        assert said == (last if done else []), "tail first, too"
 
     @precondition(lambda self: self.swapped())
     @rule(pick=PICK, claim=st.integers(0, 6), spare=st.integers(0, 1))
@@ -486,6 +490,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check([h.table for h in self.held])
         for tier, spy in self.spies.items():
             spy.agrees_with(self.cache.pools[tier])
+        ends = sum(n for fate, n in self.fates.items() if fate in ENDS)
+        assert self.fates["done"] - ends == len(self.cache.prefetched), "each load has exactly one end"
+        if not self.cache.device.allocator.contiguous:
+            assert self.cache.memory().external == 0
         if self.null_block:
             assert self.cache.device.blocks[0].ref_count == 0
             assert self.cache.device.blocks[0].key is None

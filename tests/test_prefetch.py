@@ -22,7 +22,7 @@ from pagedlab.costs.base import CostModel, StepWork
 from pagedlab.engine.clock import PS_PER_SECOND, StepClock, VirtualClock
 from pagedlab.engine.engine import Engine
 from pagedlab.engine.link import Link
-from pagedlab.engine.prefetching import Prefetching
+from pagedlab.engine.prefetching import KnownFuture, Prefetching
 from pagedlab.engine.request import Hints, Request, SamplingParams
 from pagedlab.errors import ConfigError, PolicyError
 from pagedlab.executors.simulated import SimulatedExecutor
@@ -294,12 +294,13 @@ def test_a_time_that_is_none_is_an_error_by_name() -> None:
             served(Awake(when=when), PUSHED_OUT)
 
 
-def test_a_plan_that_is_none_is_an_error_by_name() -> None:
+@pytest.mark.parametrize(("plan", "named"), [(["a block"], "'a block'"), ("a block", "'a block'"), (3, "3")])
+def test_a_plan_that_is_none_is_an_error_by_name(plan: Any, named: str) -> None:
     class Odd(Bring):
         def plan(self, waiting: Any, residency: Any, link_budget: int) -> Any:
-            return ["a block"]
+            return plan
 
-    with pytest.raises(PolicyError, match="prefetch Odd planned 'a block'; a plan is a list of Load"):
+    with pytest.raises(PolicyError, match=f"prefetch Odd planned {named}; a plan is a list of Load"):
         served(Odd(), PUSHED_OUT)
 
 
@@ -316,6 +317,19 @@ def test_it_is_woken_at_its_time_while_others_decode_and_a_leap_does_not_pass_it
         assert any(5.03 <= at < 5.14 for at in asked[skip]), "the first step that begins after its time"
         assert (sum(r.count for r in engine.steps) > 2 * len(engine.steps)) == skip
     assert asked[True] == asked[False]
+
+
+def test_nobody_is_asked_before_something_happens() -> None:
+    """Neither at the beginning nor while nothing runs: first when a request has come."""
+    engine = served(Bring(at=1e13), [ask("a", "a2", 5), ask("b", "b2", 9)])
+    assert engine.policies.prefetch.asked[0] == 5.0
+
+
+def test_what_is_brought_up_counts_as_moved() -> None:
+    engine = served(Bring(), [*PUSHED_OUT, AGAIN], cost=Seconds(block=0.5))
+    assert engine.totals.moved.to_device == 2
+    stored = [e for e in engine.events if (e.kind, e.medium) == (ev.BLOCK_STORED, "host")]
+    assert engine.totals.moved.to_host == len(stored)
 
 
 def test_none_is_asked_nothing() -> None:
@@ -584,6 +598,34 @@ def test_the_future_is_in_order_and_looking_leaves_it_alone() -> None:
     assert list(_in_order(heap)) == [1, 2, 3, 4, 5, 8, 9]  # type: ignore[arg-type]
     assert heap == [1, 3, 2, 9, 4, 8, 5]
     assert list(_in_order([])) == []
+
+
+def test_as_much_of_the_future_is_shown_as_is_asked_for() -> None:
+    engine = Engine(Config(), SimulatedExecutor(Seconds()), clock=VirtualClock())
+    for i, at in enumerate((3.0, 1.0, 4.0, 1.5)):
+        engine.add(ask(f"r{i}", "a1", at))
+    future = KnownFuture(lambda: engine._future)
+    for n in range(6):
+        coming = [(arrival.at, arrival.sequence.request_id) for arrival in future.coming(n)]
+        assert coming == [(1.0, "r1"), (1.5, "r3"), (3.0, "r0"), (4.0, "r2")][:n]
+
+
+def test_with_nothing_to_run_the_engine_says_when_there_will_be() -> None:
+    """The next arrival, or before it the time at which the prefetcher wants to be asked."""
+    config = Config(num_blocks=5, block_size=SIZE, host_blocks=64, swap="host", prefetch=Bring(at=5.0))
+    engine = Engine(config, SimulatedExecutor(Seconds(), shape=SHAPE), clock=VirtualClock())
+    for request in [*PUSHED_OUT, AGAIN]:
+        engine.add(request)
+    while len(engine.finished) < 2:
+        engine.step()
+    assert engine.rest() == 5 * PS_PER_SECOND
+    engine.clock.wait_until(6 * PS_PER_SECOND)
+    assert engine.rest() == 10 * PS_PER_SECOND
+    assert engine.totals.prefetch["done"] == 2, "its time had come"
+    engine.clock.wait_until(10 * PS_PER_SECOND)
+    assert engine.rest() == 10 * PS_PER_SECOND
+    engine.run()
+    assert engine.rest() is None
 
 
 # ---- what a run says of it ---------------------------------------------------------------------------------------

@@ -73,7 +73,6 @@ class KVCache(Tiers):
         self._children = Children(below) if knows_children and below else None
         self._displaced: int | None = None
         """Key of what the device gave up last."""
-        self.hit_tokens = 0
         self.scattered = False
         """The last admission failed although enough blocks were free: no run was long enough."""
         self._starts: list[int] = []
@@ -171,7 +170,6 @@ class KVCache(Tiers):
                 )
         if rest and logged:
             self.events.record(ev.BLOCKS_ALLOCATED, table.seq_id, [b.index for b in rest])
-        self.hit_tokens += match.num_tokens
         self._tokens += match.num_tokens
         self._promised += self._within(table)
         return True
