@@ -180,6 +180,16 @@ def test_leaf_first_gives_way_where_a_protected_child_guards_all() -> None:
     assert tier.order(2, protected=[3]) == [2, 1]
 
 
+@pytest.mark.parametrize("inner", ["slru", "s3-fifo", "lirs", "w-tinylfu", "lhd"])
+def test_leaf_first_tells_the_inner_policy_all(inner: str) -> None:
+    tier = Tier(make("eviction", "leaf-first", inner=inner), 6)
+    for i in range(40):
+        tier.ask(*[(1, 2, 3), (1, 4), (5, 6, 7), (1, 2, 8)][i * i % 7 % 4])
+        kept = list(tier.cached)
+        for n, key in enumerate(order := tier.order()):
+            assert not {k for k in kept if tier.cached[k].parent_key == key} - {*order[:n]}
+
+
 def test_leaf_first_refuses_what_cannot_serve() -> None:
     with pytest.raises(ConfigError, match="needs the future"):
         make("eviction", "leaf-first", inner="belady")
