@@ -434,6 +434,22 @@ def test_hashes_of_any_size_name_the_blocks_of_the_cache(salt: str | None) -> No
         assert not {*keys([i + 50 for i in ids], tokens, hash_block, 1)[:whole]} & {*one}
 
 
+def test_contents_that_collide_keep_an_identity_each() -> None:
+    """One has the place in the index; what is stored behind the others must not be taken for one another's."""
+    lookup: Any = make("lookup", "chained-hash")
+    lookup.reset(block_size=2, num_tiers=1)
+    published = []
+    for i, content in enumerate([(1, 2), (3, 4), (6, 7), (1, 2)]):
+        stored = block(i, key=5, parent=(None,), content=content)
+        published.append(lookup.publish(stored))
+        stored.serial = published[-1].serial
+    assert [answer.indexed for answer in published] == [True, False, False, False]
+    serials = [answer.serial for answer in published]
+    assert all(isinstance(serial, int) for serial in serials)
+    assert serials[3] == serials[0], "the same content"
+    assert len(set(serials)) == 3
+
+
 # ---- prefetch --------------------------------------------------------------------------------------------------------
 
 
