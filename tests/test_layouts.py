@@ -129,9 +129,85 @@ def test_misuse_is_named(kind):
     assert layout.decode(0) == [1]
 
 
-def test_kernels_read_at_least_the_entries(kind):
+def test_a_row_can_be_filled_to_the_last_block(kind):
     layout = kind()
-    assert layout.bytes_read(100) >= 400
+    layout.reset(max_rows=2, max_blocks=5)
+    layout.open(0, [9, 2, 9, 2, 9])
+    layout.open(1, [4])
+    for block in (2, 4, 2, 4):
+        layout.append(1, [block])
+    check_two = {0: [9, 2, 9, 2, 9], 1: [4, 2, 4, 2, 4]}
+    assert {row: layout.decode(row) for row in (0, 1)} == check_two
+    for row in (0, 1):
+        with pytest.raises(InvariantBroken, match="full at 5"):
+            layout.append(row, [1])
+
+
+@pytest.mark.parametrize("cls", [CSR, Extents])
+def test_no_row_has_room_for_more_than_the_longest_table(cls):
+    """The next row begins behind the room of the one that grew; of ranges, two entries for each block."""
+    layout = cls()
+    layout.reset(max_rows=2, max_blocks=9)
+    layout.open(0, [])
+    for block in (5, 3) * 4:
+        layout.append(0, [block])
+    layout.append(0, [5])
+    layout.open(1, [1])
+    begins = layout.arrays()[1] if cls is CSR else layout.arrays()[1][::2]
+    assert begins[1] - begins[0] == (9 if cls is CSR else 18)
+
+
+def test_csr_packs_to_the_front():
+    layout = CSR()
+    layout.reset(max_rows=4, max_blocks=100)
+    for row in range(4):
+        layout.open(row, range(40))
+    for row in (0, 1, 2):
+        layout.close(row)
+    assert layout.arrays()[1][3] == 0
+    assert len(layout.arrays()[0]) <= 160
+    assert layout.decode(3) == list(range(40))
+
+
+def test_two_level_directories_at_most_double():
+    layout = TwoLevel(page=2)
+    layout.reset(max_rows=3, max_blocks=50)
+    layout.open(0, [])
+    for n in range(1, 51):
+        layout.append(0, [n])
+        pages, (page, width) = -(-n // 2), layout.arrays()[1][:2]
+        assert page == 2
+        assert pages <= width <= min(25, max(1, 2 * pages - 1))
+
+
+def test_two_level_tables_lie_on_pages_of_others_neighbours():
+    """Two rows grow in turns, from the middle of a page over several, so that no row's pages are adjacent."""
+    layout = TwoLevel(page=4)
+    layout.reset(max_rows=2, max_blocks=60)
+    tables = {0: [], 1: []}
+    for row in tables:
+        layout.open(row, [])
+    for n in (3, 1, 6, 7, 2, 9, 4):
+        for row, table in tables.items():
+            new = [100 * row + len(table) + i for i in range(n)]
+            layout.append(row, new)
+            table += new
+    assert {row: layout.decode(row) for row in tables} == tables
+
+
+def test_kernels_read_the_entries_and_what_leads_to_them(kind):
+    layout = kind()
+    layout.reset(max_rows=3, max_blocks=200)
+    layout.open(0, [7, 8, 9, 3, 4, 5, 6, 1, 2])
+    layout.open(1, range(91))
+    expected = {
+        "padded": 400,
+        "csr": 404,
+        "two-level": 400 + 4 * 7,
+        "extents": 8 + 8 * 4,  # 100 blocks are in 4 runs
+    }
+    assert layout.bytes_read(100) == expected[kind.name]
+    assert layout.bytes_read(50) < layout.bytes_read(100)
 
 
 def test_two_level_tables_waste_less_than_a_page_each_and_share_what_is_closed():

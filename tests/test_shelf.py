@@ -172,9 +172,153 @@ def mru(stream: Stream, capacity: int) -> list[bool]:
     return hits
 
 
+def clock(stream: Stream, capacity: int) -> list[bool]:
+    """A ring of [key, mark], the hand at its beginning."""
+    ring: list[list[int]] = []
+    hits = []
+    for key in stream:
+        entry = next((e for e in ring if e[0] == key), None)
+        hits.append(entry is not None)
+        if entry is not None:
+            entry[1] = 1
+            continue
+        if len(ring) == capacity:
+            while ring[0][1]:
+                ring.append([ring.pop(0)[0], 0])
+            ring.pop(0)
+        ring.append([key, 0])
+    return hits
+
+
+def sieve(stream: Stream, capacity: int) -> list[bool]:
+    """A queue of [key, visited], oldest first, and where the hand is."""
+    queue: list[list[int]] = []
+    hand = 0
+    hits = []
+    for key in stream:
+        entry = next((e for e in queue if e[0] == key), None)
+        hits.append(entry is not None)
+        if entry is not None:
+            entry[1] = 1
+            continue
+        if len(queue) == capacity:
+            while queue[hand][1]:
+                queue[hand][1] = 0
+                hand = (hand + 1) % capacity
+            del queue[hand]
+            hand = 0 if hand == len(queue) else hand
+        queue.append([key, 0])
+    return hits
+
+
+def two_q(stream: Stream, capacity: int) -> list[bool]:
+    """A1in and Am, oldest first, and the keys in A1out."""
+    new: list[int] = []
+    main: list[int] = []
+    out: list[int] = []
+    share, memory = int(capacity * 0.25), int(capacity * 0.5)
+    hits = []
+    for key in stream:
+        hits.append(key in new or key in main)
+        if key in main:
+            main.remove(key)
+            main.append(key)
+        if hits[-1]:
+            continue
+        queue = main if key in out else new
+        if key in out:
+            out.remove(key)
+        if len(new) + len(main) == capacity:
+            if len(new) > share or not main:
+                out.append(new.pop(0))
+                del out[: max(0, len(out) - memory)]
+            else:
+                main.pop(0)
+        queue.append(key)
+    return hits
+
+
+def mq(stream: Stream, capacity: int) -> list[bool]:
+    """Four queues of [key, when it expires], LRU first; blocks sink after five accesses."""
+    queues: list[list[list[int]]] = [[] for _ in range(4)]
+    uses: dict[int, int] = {}
+    out: dict[int, int] = {}
+    hits = []
+    for now, key in enumerate(stream, 1):
+        for level in (1, 2, 3):
+            if queues[level] and queues[level][0][1] < now:
+                queues[level - 1].append([queues[level].pop(0)[0], now + 5])
+        hits.append(key in uses)
+        if hits[-1]:
+            for queue in queues:
+                queue[:] = [entry for entry in queue if entry[0] != key]
+        else:
+            known = out.pop(key, 0)
+            if len(uses) == capacity:
+                victim, _ = next(filter(None, queues)).pop(0)
+                out[victim] = uses.pop(victim)
+                if len(out) > 4 * capacity:
+                    del out[next(iter(out))]
+            uses[key] = known
+        uses[key] += 1
+        queues[min(4, uses[key].bit_length()) - 1].append([key, now + 5])
+    return hits
+
+
+def lirs(stream: Stream, capacity: int) -> list[bool]:
+    """S and Q as lists, bottom and front first; ``gone`` are the keys in S without a block, longest gone first."""
+    stack: list[int] = []
+    queue: list[int] = []
+    low: set[int] = set()
+    gone: list[int] = []
+    hits, filling = [], True
+
+    def prune() -> None:
+        while stack and stack[0] not in low:
+            if (key := stack.pop(0)) in gone:
+                gone.remove(key)
+
+    for key in stream:
+        hits.append(key in low or key in queue)
+        again = key in stack
+        if not hits[-1]:
+            if again:
+                gone.remove(key)
+                stack.remove(key)
+            if len(low) + len(queue) == capacity:
+                filling = False
+                victim = queue.pop(0)
+                if victim in stack:
+                    gone.append(victim)
+            again = again or (filling and len(low) < capacity - 1)
+        elif key in queue:
+            queue.remove(key)
+        if key in stack:
+            stack.remove(key)
+        if again or key in low:
+            low.add(key)
+        else:
+            queue.append(key)
+        prune()
+        stack.append(key)
+        while len(low) > capacity - 1:
+            prune()
+            low.discard(stack[0])
+            queue.append(stack.pop(0))
+            prune()
+        while len(stack) > 2 * capacity and gone:
+            stack.remove(gone.pop(0))
+    return hits
+
+
 MODELS: dict[str, tuple[dict[str, Any], Model]] = {
     "mru": ({}, mru),
     "slru": ({}, slru),
+    "clock": ({}, clock),
+    "sieve": ({}, sieve),
+    "2q": ({}, two_q),
+    "mq": ({"queues": 4, "lifetime": 5}, mq),
+    "lirs": ({}, lirs),
     "s3-fifo": ({}, s3_fifo),
     "lru-k": ({"history": 0.0}, lru_2),
     "arc": ({}, arc),
@@ -189,7 +333,7 @@ def streams(most: int = 12) -> st.SearchStrategy[Stream]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=examples(40))
+@settings(max_examples=examples(20))
 @given(stream=streams(), capacity=st.integers(1, 9))
 def test_hits_are_the_papers(name: str, stream: Stream, capacity: int) -> None:
     params, model = MODELS[name]

@@ -180,6 +180,16 @@ def test_leaf_first_gives_way_where_a_protected_child_guards_all() -> None:
     assert tier.order(2, protected=[3]) == [2, 1]
 
 
+@pytest.mark.parametrize("inner", ["slru", "s3-fifo", "lirs", "w-tinylfu", "lhd"])
+def test_leaf_first_tells_the_inner_policy_all(inner: str) -> None:
+    tier = Tier(make("eviction", "leaf-first", inner=inner), 6)
+    for i in range(40):
+        tier.ask(*[(1, 2, 3), (1, 4), (5, 6, 7), (1, 2, 8)][i * i % 7 % 4])
+        kept = list(tier.cached)
+        for n, key in enumerate(order := tier.order()):
+            assert not {k for k in kept if tier.cached[k].parent_key == key} - {*order[:n]}
+
+
 def test_leaf_first_refuses_what_cannot_serve() -> None:
     with pytest.raises(ConfigError, match="needs the future"):
         make("eviction", "leaf-first", inner="belady")
@@ -241,9 +251,39 @@ def test_asym_cache_weighs_cost_by_the_chance_of_reuse() -> None:
         assert tier.order(1) == [6], "by now nobody will come back for it"
 
 
+def test_asym_cache_forgets_by_the_decay_that_was_asked_for() -> None:
+    """Six lifetimes ago somebody used what costs much more: a hyperbola still keeps it, an exponential does not."""
+    first = {}
+    for decay in ("exponential", "hyperbolic"):
+        tier = Tier(make("eviction", "asym-cache", decay=decay, lifetime=1.0), 12, pair=1.0)
+        tier.ask(*range(1, 11), at=0)
+        tier.ask(21, at=6)
+        first[decay] = tier.order(1)
+    assert first == {"exponential": [10], "hyperbolic": [21]}
+
+
+def test_pgdsf_counts_uses_and_context_and_ages_by_what_went() -> None:
+    tier = Tier(make("eviction", "pgdsf", attention=100.0), 12)
+    tier.ask(1, 2, 3, 4)
+    tier.ask(11)
+    tier.ask(11)
+    # A token costs 1 + 0.1 for each before it: 4.5 deep in the first prompt, 1.5 in the second, which was used twice.
+    assert tier.order() == [11, 4, 3, 2, 1]
+    assert tier.policy.stats() == {"age": 0.0}
+    tier.forget(tier.cached[1])
+    assert tier.policy.stats() == {"age": 0.0}, "nobody gave up 1, which is no leaf"
+    tier.evict(1)
+    assert tier.policy.stats() == {"age": 3.0}
+    tier.ask(31)
+    tier.evict(1)
+    assert tier.policy.stats() == {"age": 4.5}, (
+        "the new one's age counts on top: 3 + 1.5, released before the deep one"
+    )
+
+
 def test_marconi_weighs_recency_against_flops_per_byte() -> None:
-    def tier(alpha: float) -> Tier:
-        t = Tier(make("eviction", "marconi", alpha=alpha), 12, pair=1.0)
+    def tier(alpha: float, pair: float = 1.0) -> Tier:
+        t = Tier(make("eviction", "marconi", alpha=alpha), 12, pair=pair)
         t.ask(1, 2, 3, 4, 5, 6, at=0)
         t.ask(11, at=1)
         t.ask(21, 22, at=2)
@@ -253,6 +293,7 @@ def test_marconi_weighs_recency_against_flops_per_byte() -> None:
     assert tier(0.0).order() == [6, 5, 4, 3, 2, 1, 11, 22, 21], "LRU"
     assert tier(1.0).order(1) == [11]
     assert tier(1.0).order(3) == [11, 22, 21]
+    assert tier(1.0, 0.001).order(3) == [11, 22, 21], "efficiency counts by its range, however narrow that is"
 
 
 def test_workload_aware_gives_up_the_class_that_does_not_return() -> None:
@@ -287,6 +328,29 @@ def test_workload_aware_compares_how_often_classes_return() -> None:
     tier.ask(3001, at=408, request_class="seldom")
     order = tier.order()
     assert order.index(3001) < order.index(3000)
+
+
+def test_workload_aware_counts_time_from_the_last_use() -> None:
+    """Half of one class returns after a second, a sixth of the other after a minute: at first the one is dearer."""
+    tier = Tier(make("eviction", "workload-aware"), 400)
+    for i in range(40):
+        tier.ask(1000 + i, at=60 * i, request_class="fast")
+        tier.ask(1000 + i, at=60 * i + 1, request_class="fast")
+        tier.ask(2000 + (i if i % 6 else max(0, i - 1)), at=60 * i + 2, request_class="slow")
+    tier.ask(3000, at=3000.0, request_class="fast")
+    tier.ask(3001, at=3000.1, request_class="slow")
+    order = tier.order()
+    assert order.index(3001) < order.index(3000)
+    tier.view.time = 3010 * SECOND
+    order = tier.order()
+    assert order.index(3000) < order.index(3001)
+
+
+def test_workload_aware_tells_so_many_classes_apart() -> None:
+    tier = Tier(make("eviction", "workload-aware", max_classes=2), 40)
+    for i, name in enumerate(("a", "b", "c", "d", None)):
+        tier.ask(i, request_class=name)
+    assert set(tier.policy.stats()) == {f"reuse of {name}" for name in ("a", "b", "all others")}
 
 
 def test_workload_aware_learns_from_what_it_gave_up_too_early() -> None:
@@ -387,6 +451,23 @@ def test_returning_counts_turns_and_gaps_of_sessions() -> None:
     tier.ask(1, 2, 3, 4, at=30, session="s")
     session = tier.policy._sessions["s"]
     assert (session.turns, session.mean_gap) == (3, 15 * SECOND)
+    kind = tier.policy.group(tier.cached[4])
+    assert (kind.turns, kind.gap, kind.depth) == (2, 4, 5), (
+        "logarithms of 1 + 3 turns, 15 seconds and 30 tokens"
+    )
+    tier.ask(91, at=40)
+    assert tier.policy.group(tier.cached[91]).gap is None
+
+
+def test_returning_tells_so_many_classes_apart() -> None:
+    tier = Tier(make("eviction", "returning"), 60)
+    numbers = {}
+    for i in range(40):
+        tier.ask(i, request_class=f"class {i}")
+        numbers[i] = tier.policy.group(tier.cached[i]).request_class
+    assert [numbers[i] for i in range(32)] == list(range(32))
+    assert {numbers[i] for i in range(32, 40)} == {31}, "further ones share the last"
+    assert tier.policy.group(tier.cached[3]).request_class == 3
 
 
 def test_belady_cost_saves_work_where_belady_saves_accesses() -> None:
