@@ -143,8 +143,10 @@ def of_grid(rows: Iterable[Mapping[str, Any]]) -> Figure:
         chunks.bar(range(len(shapes)), heights, 0.6, color="#009E73", alpha=0.7)
         names = [f"{n} × {q:,} of {t:,}" for n, q, t in shapes]
         chunks.set_xticks(range(len(shapes)), names, rotation=60, ha="right", fontsize=9)
+        ratios.set_yscale("log", base=2)
         speeds.set_yscale("log")
-        speeds.yaxis.set_major_formatter(_PLAIN)
+        for ax in (ratios, speeds):
+            ax.yaxis.set_major_formatter(_PLAIN)
         for ax in (ratios, chunks):
             ax.axhline(1, color="black", lw=1, ls="--")
         for ax in (ratios, speeds, chunks):
@@ -153,8 +155,7 @@ def of_grid(rows: Iterable[Mapping[str, Any]]) -> Figure:
         axes[:, 0], ("decode: paged over fastest dense", "decode: GB/s", "prefill: paged over fastest SDPA")
     ):
         ax.set_ylabel(label)
-    for ax in (axes[0, 0], axes[2, 0]):  # shared by the row
-        ax.set_ylim(bottom=0)
+    axes[2, 0].set_ylim(bottom=0)  # shared by the row
     figure.legend(
         *axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(_PEERS), frameon=False
     )

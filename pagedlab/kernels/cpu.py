@@ -51,6 +51,9 @@ TASKS_PER_THREAD = 4
 SHORTEST_PIECE = 512
 """Keys of a piece at least, where contexts are cut to fill the cores: a piece has sums to write and to join."""
 
+MANY_ROWS = 16
+"""Rows (query tokens times heads of the group) from which a sequence is a chunk: sums cost more than memory."""
+
 intrinsic: Any = _numba_intrinsic  # its type speaks of the function given, not of the one that comes back
 
 
@@ -78,7 +81,7 @@ def _batch_loop(block_of: Callable[..., Any], fingerprint: str) -> Callable[...,
 
     @njit(parallel=True, nogil=True, error_model="numpy", cache=True)
     def attend(
-        tile_address, tensors, shape, reals, query_start, context_lens, rows, entries, index, piece, parts
+        codes, tensors, shape, reals, query_start, context_lens, rows, entries, index, piece, parts
     ):  # fmt: skip
         num_kv_heads, group, block_size, window, tile = shape[0], shape[1], shape[4], shape[7], shape[8]
         work = 0
@@ -112,7 +115,7 @@ def _batch_loop(block_of: Callable[..., Any], fingerprint: str) -> Callable[...,
                                     tensors[5], tensors[6], shape.ctypes.data, reals.ctypes.data, head,
                                     query_start[s] + j, n, position, first, end, row if pieces > 1 else -1,
                                 )  # fmt: skip
-                                _call(tile_address, arguments)
+                                _call(codes[1] if count * group >= MANY_ROWS else codes[0], arguments)
                             done += n * (end - first)
                             row += n * group if pieces > 1 else 0
         return fingerprint
@@ -357,10 +360,10 @@ class CPUPagedAttention:
             value_size = (value_size - TAIL) // block_size
         if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
             raise ValueError("cpu-paged reads cache tensors by address: they must be contiguous")
+        few = many = tile(dtype)
         if query.dtype == dtype and fits(dtype, size, value_size):
-            computed, code = dtype, wide_tile(dtype)
-        else:
-            code = tile(dtype)
+            computed, many = dtype, wide_tile(dtype)
+            few = many if dtype == torch.bfloat16 else few
         q = query.to(computed).contiguous()
         out = torch.empty(num_tokens, num_heads, value_size, dtype=computed)
         if num_tokens == 0:
@@ -378,7 +381,7 @@ class CPUPagedAttention:
         tensors = [q, key_cache, value_cache, out, partial, slopes, levels]
         launch(
             self._batch_loop,
-            code.address,
+            _numbers(few.address, many.address),
             np.array([0 if x is None else x.data_ptr() for x in tensors], np.int64),
             shape,
             _numbers(float(scale), float(soft_cap or 0.0)),
