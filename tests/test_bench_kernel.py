@@ -9,8 +9,18 @@ from shutil import which
 import pytest
 import torch
 
-from pagedlab.bench import figures, kernel, kernel_grid, kernel_peers, kernel_prefill, kernel_threads, layouts
+from pagedlab.bench import (
+    engine,
+    figures,
+    kernel,
+    kernel_grid,
+    kernel_peers,
+    kernel_prefill,
+    kernel_threads,
+    layouts,
+)
 from pagedlab.errors import ConfigError
+from pagedlab.executors.shapes import SHAPES
 from pagedlab.registry import make, policy_names
 
 LAYOUTS = policy_names("layout")
@@ -174,16 +184,24 @@ def test_peers_have_rows_of_their_own(everything):
             r for r in everything if r["phase"] == "decode" and (r["num_seqs"], r["context_len"]) == point
         ]
         by = {(r["kernel"], r["dtype"]): r for r in here}
-        gather, one_byte = by["gather-sdpa", "float32"], by["cpu-paged", "int8"]
-        assert gather["ratio_gather"] == 1
+        assert by["gather-sdpa", "float32"]["ratio_gather"] == 1
         assert by["cpu-paged", "float32"]["ratio_gather"] > 1
-        # A quarter of the bytes: shares of bandwidth, and not of time.
-        assert one_byte["ratio_copy"] * 4 == pytest.approx(
-            one_byte["gb_per_s"] * 4 / by["copy", "float32"]["gb_per_s"], rel=3
-        )
+        assert by["cpu-paged", "int8"]["gb_per_s"] > 0
 
 
-def test_gather_and_one_byte_say_the_same():
+def test_one_byte_is_a_share_of_bandwidth_by_its_own_bytes():
+    cold = {
+        ("sdpa enable_gqa", "contiguous", None, None): [4.0],
+        ("copy", "contiguous", None, None): [1.0],
+        ("gather-sdpa", "padded", 16, "random"): [20.0],
+        ("cpu-paged int8", "padded", 16, "random"): [2.0],
+    }
+    *_, row = kernel_grid._rows(cold, {key: [] for key in cold}, 8 * 10**9, 4)
+    assert (row["kernel"], row["dtype"]) == ("cpu-paged", "int8")
+    assert (row["gb_per_s"], row["ratio_dense"], row["ratio_copy"], row["ratio_gather"]) == (1, 2, 0.125, 10)
+
+
+def test_gather_reads_whole_contexts_and_one_byte_what_was_written():
     rng = torch.Generator().manual_seed(2)
     query = torch.randn(2, kernel.NUM_HEADS, kernel.HEAD_SIZE, generator=rng)
     one = kernel_peers.int8_form(query, make("layout", "csr"), 64, 16, rng, 0)
@@ -191,10 +209,11 @@ def test_gather_and_one_byte_say_the_same():
     assert one(k, k).isfinite().all()
     v = torch.randn(2, 64, kernel.NUM_KV_HEADS, kernel.HEAD_SIZE, generator=rng)
     gather = kernel_peers.gather_form(query, make("layout", "csr"), 64, 64, rng)
+    out = gather(torch.zeros_like(v), v)
     whole = v.mean(1).repeat_interleave(kernel.GROUP, dim=1)  # equal keys: every value counts the same
-    assert torch.equal(
-        gather(torch.zeros_like(v), v).isclose(whole, atol=1e-5).all(-1).all(-1), torch.ones(2) > 0
-    ) or (torch.allclose(gather(torch.zeros_like(v), v).flip(0), whole, atol=1e-5))
+    assert torch.allclose(
+        out.sort(0).values, whole.sort(0).values, atol=1e-5
+    )  # blocks are dealt out at random
 
 
 def test_what_cannot_be_compiled_has_a_note(monkeypatch):
@@ -284,6 +303,21 @@ def test_layout_rows():
         layouts.measure(orders=["sorted"])
     with pytest.raises(ConfigError, match="'equal' or 'one long'"):
         layouts.measure(lengths=["mixed"])
+
+
+def test_the_engine_runs_with_every_layout(monkeypatch):
+    small = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048}
+    monkeypatch.setitem(SHAPES, engine.SHAPE, small)
+    rows = layouts.measure_engine(layouts=["csr", "extents"], num_requests=2, repeats=2)
+    assert [row["layout"] for row in rows] == ["padded", "csr", "extents"]
+    assert rows[0]["ratio_default"] == 1
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+    assert [row["layout"] for row in layouts.summary([{"layout": "csr", "build_us": 1.0}, *rows])] == [
+        "padded", "csr", "extents",
+    ]  # fmt: skip
+    told = layouts.summary([rows[0] | {"ratio_default": ratio} for ratio in (0.9, 0.97, 1.2)])
+    assert [row["slower"] for row in told] == [True, False, False]
 
 
 def test_figures(rows):

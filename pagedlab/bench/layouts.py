@@ -130,15 +130,18 @@ def measure_engine(
     default = Config().policies()
     names = list(dict.fromkeys([default.layout.name, *(layouts or policy_names("layout"))]))
     requests = engine.make_requests(num_requests)
-    model = random_model(engine.SHAPE, getattr(torch, dtype))
     rates: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(-1, repeats):  # the first one compiles
-        for name in names:
-            layout: Any = make("layout", name)
-            executor = ModelExecutor(model, layout=layout, kernel=default.kernel)
-            rate = engine.pagedlab_rate(executor, requests if round_ >= 0 else requests[:2], 16)
-            executor.release()
-            rates[name] += [rate] if round_ >= 0 else []
+    executors = {}
+    for name in names:
+        layout: Any = make("layout", name)
+        model = random_model(engine.SHAPE, getattr(torch, dtype))
+        executors[name] = ModelExecutor(model, layout=layout, kernel=default.kernel)
+        engine.pagedlab_rate(executors[name], requests[:2], 2)  # compiles
+    order, shuffle = list(names), random.Random(0).shuffle
+    for _ in range(repeats):
+        shuffle(order)
+        for name in order:
+            rates[name].append(engine.pagedlab_rate(executors[name], requests, num_requests))
     return [
         {
             "layout": name,
