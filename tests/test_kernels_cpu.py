@@ -97,9 +97,9 @@ def test_numbers_by_head_are_one_for_each():
 class Bytes:
     """A case whose contexts are written to caches of one byte a channel, so many tokens at a time."""
 
-    def __init__(self, case: Case, *, chunk: int = 1000, scales: str = "block") -> None:
-        self.case, self.layout, self.scales = case, Padded(), scales
-        self.attention = CPUPagedAttention(self.layout, kv_dtype="int8", scales=scales)
+    def __init__(self, case: Case, *, chunk: int = 1000, scales: str = "block", **params: Any) -> None:
+        self.case, self.layout = case, Padded()
+        self.attention = CPUPagedAttention(self.layout, kv_dtype="int8", scales=scales, **params)
         self.layout.reset(max_rows=len(case.tables), max_blocks=max(map(len, case.tables)))
         for row, table in enumerate(case.tables):
             self.layout.open(row, table)
@@ -169,6 +169,18 @@ def test_one_byte_a_channel(lengths, dtype, scales):
                 contents[s] = known
         assert error(out, case.expected()) < TOLERANCE[dtype]
         assert error(out, exact) < 0.03
+
+
+def test_one_byte_a_channel_in_pieces():
+    """Cut or not, with ALiBi and sinks, the same is read: what is held is compared with itself."""
+    outs = []
+    for params in ({}, {"batch_invariant": True, "split_tokens": 48}):
+        case = Case([(1, 170), (3, 90)], block_size=16)
+        case.options |= {"alibi_slopes": torch.tensor([0.1, 0.0, 1.0, 0.5]), "sinks": torch.arange(4.0)}
+        outs.append(Bytes(case, **params).attend())
+        assert error(outs[-1], case.expected()) < 0.03
+    assert not torch.equal(*outs)
+    assert error(outs[0], outs[1].double()) < 1e-6
 
 
 def test_a_nan_stays_a_nan_in_one_byte():
