@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import itertools
 import json
+from shutil import which
 
 import pytest
 import torch
 
-from pagedlab.bench import figures, kernel, kernel_grid, layouts
+from pagedlab.bench import (
+    engine,
+    figures,
+    kernel,
+    kernel_grid,
+    kernel_peers,
+    kernel_prefill,
+    kernel_threads,
+    layouts,
+)
 from pagedlab.errors import ConfigError
+from pagedlab.executors.shapes import SHAPES
 from pagedlab.registry import make, policy_names
 
 LAYOUTS = policy_names("layout")
@@ -72,7 +83,7 @@ def test_ratios_are_of_calls_in_the_same_round():
     }
     warm = {key: [seconds / 2 for seconds in times[:2]] for key, times in cold.items()}
     warm["sdpa regrouped", "contiguous", None, None] = []
-    rows = {row["kernel"]: row for row in kernel_grid._rows(cold, warm, 8 * 10**9)}
+    rows = {row["kernel"]: row for row in kernel_grid._rows(cold, warm, 8 * 10**9, 4)}
     assert [row["ratio_dense"] for row in rows.values()] == pytest.approx([1, 1 / 3, 4, 0.5])
     assert [row["ratio_copy"] for row in rows.values()] == pytest.approx([0.25, 1 / 12, 1, 0.125])
     assert [row["ratio_dense_warm"] for row in rows.values()] == [1, None, 4, 0.5]
@@ -127,22 +138,134 @@ def test_what_cannot_be_measured_is_named(asked, why):
 
 def test_the_command_measures_the_points_that_are_asked_for(monkeypatch):
     seen = {}
+    monkeypatch.setattr(kernel_prefill, "measure", lambda **asked: [])
+    monkeypatch.setattr(kernel_threads, "measure", lambda **asked: [])
     monkeypatch.setattr(kernel_grid, "measure", lambda **asked: seen.update(asked) or [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("POINTS", "SECONDS", "KEEP"):
+    for name in ("POINTS", "SECONDS", "KEEP", "THREADS"):
         monkeypatch.delenv(f"PAGEDLAB_BENCH_{name}", raising=False)
     assert kernel.main() == []
-    assert (seen["points"], seen["seconds"], seen["keep"]) == (kernel_grid.POINTS, 6, None)
+    assert (seen["points"], seen["seconds"], seen["keep"]) == (kernel_grid.POINTS, 4, None)
+    assert seen["threads"][0] == 1
+    assert seen["peers"]
     monkeypatch.setenv("PAGEDLAB_BENCH_POINTS", "16x1024,1x128")
     monkeypatch.setenv("PAGEDLAB_BENCH_SECONDS", "0.5")
     kernel.main()
     assert (seen["points"], seen["seconds"]) == (((16, 1024), (1, 128)), 0.5)
+    monkeypatch.setenv("PAGEDLAB_BENCH_THREADS", "1")
+    kernel.main()
+    assert seen["threads"] == (1,)
+    for threads in ("0", "two", "100000"):
+        monkeypatch.setenv("PAGEDLAB_BENCH_THREADS", threads)
+        with pytest.raises(ConfigError, match="must look like 1,2, up to"):
+            kernel.main()
+    monkeypatch.delenv("PAGEDLAB_BENCH_THREADS")
     monkeypatch.setenv("PAGEDLAB_BENCH_POINTS", "16*1024")
     with pytest.raises(ConfigError, match="must look like 16x1024"):
         kernel.main()
     monkeypatch.setenv("PAGEDLAB_BENCH_SECONDS", "-1")
     with pytest.raises(ConfigError, match="a number of seconds, not '-1'"):
         kernel.asked_seconds()
+
+
+@pytest.fixture(scope="module")
+def everything():
+    small = {"threads": [1], "dtypes": ["float32"], "layouts": ["csr"], "seconds": 0.0}
+    rows = kernel_grid.measure(
+        points=[(1, 32), (16, 1024)], block_sizes=[16], pool_bytes=2**22, peers=True, **small
+    )
+    rows += kernel_prefill.measure(points=[(2, 16, 48), (1, 32, 32)], **small)
+    return rows + kernel_threads.measure(threads=[1], seconds=0.0)
+
+
+def test_peers_have_rows_of_their_own(everything):
+    for point in ((1, 32), (16, 1024)):
+        here = [
+            r for r in everything if r["phase"] == "decode" and (r["num_seqs"], r["context_len"]) == point
+        ]
+        by = {(r["kernel"], r["dtype"]): r for r in here}
+        assert by["gather-sdpa", "float32"]["ratio_gather"] == 1
+        assert by["cpu-paged", "float32"]["ratio_gather"] > 1
+        assert by["cpu-paged", "int8"]["gb_per_s"] > 0
+
+
+def test_one_byte_is_a_share_of_bandwidth_by_its_own_bytes():
+    cold = {
+        ("sdpa enable_gqa", "contiguous", None, None): [4.0],
+        ("copy", "contiguous", None, None): [1.0],
+        ("gather-sdpa", "padded", 16, "random"): [20.0],
+        ("cpu-paged int8", "padded", 16, "random"): [2.0],
+    }
+    *_, row = kernel_grid._rows(cold, {key: [] for key in cold}, 8 * 10**9, 4)
+    assert (row["kernel"], row["dtype"]) == ("cpu-paged", "int8")
+    assert (row["gb_per_s"], row["ratio_dense"], row["ratio_copy"], row["ratio_gather"]) == (1, 2, 0.125, 10)
+
+
+def test_gather_reads_whole_contexts_and_one_byte_what_was_written():
+    rng = torch.Generator().manual_seed(2)
+    query = torch.randn(2, kernel.NUM_HEADS, kernel.HEAD_SIZE, generator=rng)
+    one = kernel_peers.int8_form(query, make("layout", "csr"), 64, 16, rng, 0)
+    k = torch.zeros(2, kernel.NUM_KV_HEADS, 64, kernel.HEAD_SIZE)
+    assert one(k, k).isfinite().all()
+    v = torch.randn(2, 64, kernel.NUM_KV_HEADS, kernel.HEAD_SIZE, generator=rng)
+    gather = kernel_peers.gather_form(query, make("layout", "csr"), 64, 64, rng)
+    out = gather(torch.zeros_like(v), v)
+    whole = v.mean(1).repeat_interleave(kernel.GROUP, dim=1)  # equal keys: every value counts the same
+    assert torch.allclose(
+        out.sort(0).values, whole.sort(0).values, atol=1e-5
+    )  # blocks are dealt out at random
+
+
+def test_what_cannot_be_compiled_has_a_note(monkeypatch):
+    def refused(*arguments):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(kernel_grid, "flex_form", refused)
+    rows = kernel_grid.measure(
+        points=[(1, 32)], layouts=["csr"], block_sizes=[16], flex_points=[(1, 32)], **SMALL
+    )
+    assert [r["note"] for r in rows if r["kernel"] == "flex_attention"] == ["RuntimeError: no compiler"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(which("g++") is None, reason="flex_attention is compiled by a C++ compiler")
+def test_flex_attention_reads_its_pages():
+    """Equal keys, and values that name their page: the mean of a sequence's pages comes back, each page once in all."""
+    query = torch.zeros(2, kernel.NUM_HEADS, kernel.HEAD_SIZE)
+    form = kernel_peers.flex_form(query, 64, 16, torch.Generator().manual_seed(0))
+    keys = torch.zeros(2, kernel.NUM_KV_HEADS, 64, kernel.HEAD_SIZE)
+    pages = (2.0 ** torch.arange(8)).repeat_interleave(16)
+    values = pages[None, :, None].expand(kernel.NUM_KV_HEADS, -1, kernel.HEAD_SIZE).contiguous()
+    out = form(keys, values.view(keys.shape))[:, 0, 0, 0] * 4
+    assert out.sum() == 255
+    assert [bin(int(total)).count("1") for total in out] == [4, 4]
+
+
+def test_prefill_contenders_say_the_same():
+    for num_seqs, query_len, context_len in ((2, 16, 48), (1, 32, 32)):
+        rng = torch.Generator().manual_seed(1)
+        forms = kernel_prefill.contenders(
+            num_seqs, query_len, context_len, layouts=LAYOUTS, dtype=torch.float32, rng=rng
+        )
+        assert any("is_causal" in name for name, _ in forms) == (query_len == context_len)
+        outputs = {key: form() for key, form in forms.items()}
+        expected = outputs["sdpa expanded, booleans", "contiguous"]
+        for key, found in outputs.items():
+            assert torch.allclose(found, expected, atol=1e-5), key
+
+
+def test_the_summary_and_the_picture(everything):
+    (found,) = kernel.summary(everything)
+    paged = [r for r in everything if r.get("kernel") == "cpu-paged" and r["dtype"] == "float32"]
+    decode = [r["ratio_dense"] for r in paged if r["phase"] == "decode"]
+    assert found["decode_dense_least"] == min(decode) <= found["decode_dense_median"]
+    assert found["decode_16x1024_dense"] == decode[1]
+    assert found["prefill_sdpa_least"] == min(r["ratio_sdpa"] for r in paged if r["phase"] == "prefill")
+    assert found["threads_alone"] == everything[-1]["ratio_alone"] > 0
+    ratios, speeds, chunks = kernel.draw(everything).axes
+    assert [len(ax.get_xticklabels()) for ax in (ratios, speeds, chunks)] == [2, 2, 2]
+    labels = {line.get_label() for line in speeds.lines}
+    assert {"gather + SDPA", "fastest dense", "copy, read and written"} < labels
 
 
 @pytest.mark.parametrize("order", layouts.ORDERS)
@@ -180,6 +303,21 @@ def test_layout_rows():
         layouts.measure(orders=["sorted"])
     with pytest.raises(ConfigError, match="'equal' or 'one long'"):
         layouts.measure(lengths=["mixed"])
+
+
+def test_the_engine_runs_with_every_layout(monkeypatch):
+    small = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048}
+    monkeypatch.setitem(SHAPES, engine.SHAPE, small)
+    rows = layouts.measure_engine(layouts=["csr", "extents"], num_requests=2, repeats=2)
+    assert [row["layout"] for row in rows] == ["padded", "csr", "extents"]
+    assert rows[0]["ratio_default"] == 1
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+    assert [row["layout"] for row in layouts.summary([{"layout": "csr", "build_us": 1.0}, *rows])] == [
+        "padded", "csr", "extents",
+    ]  # fmt: skip
+    told = layouts.summary([rows[0] | {"ratio_default": ratio} for ratio in (0.9, 0.97, 1.2)])
+    assert [row["slower"] for row in told] == [True, False, False]
 
 
 def test_figures(rows):

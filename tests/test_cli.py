@@ -286,6 +286,32 @@ def test_bench_prints_one_object(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "admit" in invoke("bench", "cache").stdout
 
 
+def test_bench_writes_its_result_and_a_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from types import ModuleType
+
+    from pagedlab.lab.plots import Figure
+
+    fake, calls = ModuleType("pagedlab.bench.kernel"), []
+    fake.main = lambda json=False: calls.append(1) or [{"ratio": 0.5}]  # type: ignore[attr-defined]
+    fake.summary = lambda rows: [{"least": rows[0]["ratio"]}]  # type: ignore[attr-defined]
+    fake.draw = lambda rows: Figure()  # type: ignore[attr-defined]
+    monkeypatch.setattr("pagedlab.cli.bench.import_module", lambda name: fake)
+    monkeypatch.setenv("PAGEDLAB_BENCH_SECONDS", "1")
+    out = tmp_path / "result.json"
+    assert "least" in invoke("bench", "kernel", "--out", str(out)).stdout
+    written = json.loads(out.read_text())
+    assert written["command"] == "bench kernel"
+    assert (written["results"], written["summary"]) == ([{"ratio": 0.5}], [{"least": 0.5}])
+    assert written["settings"]["PAGEDLAB_BENCH_SECONDS"] == "1"
+    assert {"versions", "hardware", "seconds"} < set(written)
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "ends in .json" in refused("bench", "kernel", "--out", str(tmp_path / "result.png"))
+    assert "no such directory" in refused(
+        "bench", "kernel", "--out", str(tmp_path / "nowhere" / "result.json")
+    )
+    assert len(calls) == 1
+
+
 def test_lab_keeps_its_token_and_its_address(tmp_path: Path) -> None:
     command = lab_command(tmp_path, ["--ServerApp.ip=0.0.0.0", "--no-browser"])
     assert command[-1] == "--ServerApp.ip=127.0.0.1"

@@ -222,26 +222,30 @@ def test_the_yardstick_knows_alibi_and_sinks():
     assert error(out, plain * share.transpose(0, 1)[:, :, None]) < 1e-14
 
 
-def test_alibi_and_sinks_are_served_or_refused_by_name():
-    for name, value in (("alibi_slopes", torch.tensor([0.5, 0.1, 1.0, 0.0])), ("sinks", torch.arange(4.0))):
-        case = Case([(1, 30), (7, 12)])
-        case.options[name] = value
-        for kernel in (Dense, GatherSDPA):
-            assert error(case.attend(kernel(), Padded()), case.expected()) < 1e-5
-        with pytest.raises(ConfigError, match=r"'cpu-paged' has no (ALiBi slopes|attention sinks)"):
-            case.attend(CPUPaged(), Padded())
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda cls: cls.name)
+def test_alibi_and_sinks(kernel, dtype):
+    """Each alone and both, beside a window and a soft cap; one number for each query head."""
+    slopes, sinks = torch.tensor([0.5, 0.1, 1.0, 0.0]), torch.tensor([3.0, -20.0, 0.0, float("-inf")])
+    for options in ({"alibi_slopes": slopes}, {"sinks": sinks}, {"alibi_slopes": slopes, "sinks": sinks}):
+        for others in ({}, {"sliding_window": 9}, {"soft_cap": 1.5}):
+            case = Case([(1, 90), (7, 12), (1, 1), (40, 130)], head_size=64, dtype=dtype, **others)
+            case.options |= options
+            assert error(case.attend(kernel(), Padded()), case.expected()) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("head_size", [16, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_output_does_not_depend_on_the_company(dtype, head_size):
-    lengths = [(1, 300), (40, 130), (1, 7), (97, 97)]
+    """Contexts of one piece and of many, chunks of one tile of queries and of many."""
+    invariant = CPUPaged(batch_invariant=True, split_tokens=64)
+    lengths = [(1, 300), (40, 130), (1, 7), (97, 97), (3, 900)]
     together = Case(lengths, dtype=dtype, block_size=16, head_size=head_size)
     try:
         outs = []
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            outs.append(together.attend(CPUPaged(), Padded()))
+            outs.append(together.attend(invariant, Padded()))
             assert torch.get_num_threads() == n
     finally:
         torch.set_num_threads(1)
@@ -252,7 +256,7 @@ def test_output_does_not_depend_on_the_company(dtype, head_size):
         alone = Case([(q, t)], dtype=dtype, block_size=16, head_size=head_size)
         alone.query = together.query[at : at + q]
         alone.keys, alone.values = [together.keys[s]], [together.values[s]]
-        assert torch.equal(alone.attend(CPUPaged(), Padded()), outs[0][at : at + q])
+        assert torch.equal(alone.attend(invariant, Padded()), outs[0][at : at + q])
         at += q
 
 

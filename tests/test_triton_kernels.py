@@ -25,6 +25,7 @@ from pagedlab.engine.orders import HOST as HOST_TIER
 from pagedlab.engine.orders import Move
 from pagedlab.errors import ConfigError
 from pagedlab.executors.model import ModelExecutor
+from pagedlab.kernels.cpu import CPUPagedAttention
 from pagedlab.kernels.layouts import BlockOf
 from pagedlab.policies.kernel import TritonPaged, interpreted
 from pagedlab.policies.layout import CSR, Extents, Padded, TwoLevel
@@ -34,7 +35,8 @@ GPU = torch.cuda.is_available() and not interpreted()
 if not (GPU or interpreted()):
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
 
-from pagedlab.kernels.triton.formats import LARGEST, format_on, scales_of  # noqa: E402
+from pagedlab.kernels.scaled import scales_of  # noqa: E402
+from pagedlab.kernels.triton.formats import LARGEST, format_on  # noqa: E402
 from pagedlab.kernels.triton.moves import gather_blocks, move_blocks, scatter_blocks  # noqa: E402
 from pagedlab.kernels.triton.paged import TritonPagedAttention  # noqa: E402
 
@@ -438,6 +440,44 @@ def test_a_nan_stays_a_nan_in_one_byte(kv_dtype):
     assert out[0].isfinite().all()
     assert out[1, :2].isnan().all()
     assert out[1, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("scales", ["block", "head"])
+def test_int8_lies_in_memory_as_it_does_on_a_cpu(scales):
+    """Bytes and scales are equal, written in chunks, so that either kernel reads what the other wrote."""
+    case, layout = Case([(5, 50), (1, 7)], head_size=16, block_size=16), Padded()
+    layout.reset(max_rows=2, max_blocks=max(map(len, case.tables)))
+    for row, table in enumerate(case.tables):
+        layout.open(row, table)
+    kernels = TritonPagedAttention, CPUPagedAttention
+    devices = DEVICE, torch.device("cpu")
+    one, other = (k(layout, kv_dtype="int8", scales=scales) for k in kernels)
+    caches = [
+        [
+            k.allocate(case.num_blocks, 16, 2, 16, dtype=case.dtype, device=d).fill_(0)
+            for k, d in zip((one, other), devices)
+        ]
+        for _ in range(2)
+    ]
+    for (mine, theirs), contents in zip(caches, (case.keys, case.values)):
+        for start, stop in ((0, 20), (20, 30), (30, 50)):
+            slots = [
+                case.tables[s][t // 16] * 16 + t % 16
+                for s in range(2)
+                for t in range(start, min(stop, case.contexts[s]))
+            ]
+            new = torch.cat([c[start:stop] for c in contents])
+            batch = case.batch(layout, np.array(slots, np.int64), [0, 1])
+            one.write(mine, new.to(DEVICE), batch)
+            other.write(theirs, new, batch)
+        known, found = (scales_of(c.cpu()) for c in (mine, theirs))
+        torch.testing.assert_close(known, found, rtol=1e-6, atol=0)
+        difference = mine.cpu()[:, :, :-16].view(torch.int8).int() - theirs[:, :, :-16].view(torch.int8).int()
+        assert difference.abs().max() <= (1 if GPU else 0)
+    batch = case.batch(layout, case.slots(), [0, 1])
+    mine = one.attend(case.query.to(DEVICE), *(c[0] for c in caches), batch, **case.options).cpu()
+    theirs = other.attend(case.query, *(c[0].cpu() for c in caches), batch, **case.options)
+    assert error(mine, theirs.double()) < 1e-5
 
 
 def test_a_model_with_one_byte_a_channel():

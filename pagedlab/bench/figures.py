@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from statistics import median
 from typing import Any
 
 from matplotlib.ticker import FuncFormatter
@@ -13,6 +14,13 @@ COLOURS = {"padded": "#0072B2", "csr": "#D55E00", "two-level": "#009E73", "exten
 _OTHERS = ("#E69F00", "#56B4E9", "#000000", "#0072B2", "#D55E00")
 _MARKERS = "osD^vP"
 _BAND = "#BBBBBB"
+_PEERS = {
+    "cpu-paged": "#0072B2", "sdpa": "#D55E00", "copy": "#777777", "gather-sdpa": "#CC79A7", "flex_attention": "#E69F00",
+}  # fmt: skip
+_NAMES = {
+    "cpu-paged": "paged, best layout and block size", "sdpa": "fastest dense", "copy": "copy, read and written",
+    "gather-sdpa": "gather + SDPA", "flex_attention": "flex_attention, paged",
+}  # fmt: skip
 _PLAIN = FuncFormatter(lambda x, _: f"{x:g}")
 FIGURE_18A = (1.20, 1.26)
 """Attention latency of PagedAttention over FasterTransformer's: Kwon et al. 2023, section 7.1 and figure 18a."""
@@ -53,7 +61,11 @@ def of_kernel(rows: Iterable[Mapping[str, Any]]) -> Figure:
     Blocks lie at random. The grey band is what the PagedAttention paper measured on a GPU: 20 to 26% more than
     FasterTransformer.
     """
-    paged = [row for row in rows if row["kernel"] == "cpu-paged" and row["blocks"] == "random"]
+    paged = [
+        row
+        for row in rows
+        if row["kernel"] == "cpu-paged" and row["blocks"] == "random" and row.get("dtype") != "int8"
+    ]
     points = list(dict.fromkeys((row["num_seqs"], row["context_len"]) for row in paged))
     figure = Figure(figsize=(0.8 + 3.1 * len(points), 3.5), layout="constrained")
     axes = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
@@ -74,6 +86,79 @@ def of_kernel(rows: Iterable[Mapping[str, Any]]) -> Figure:
     axes[0].yaxis.set_major_formatter(_PLAIN)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=min(6, len(handles[0])), frameon=False)
+    return figure
+
+
+def of_grid(rows: Iterable[Mapping[str, Any]]) -> Figure:
+    """Decoding over the fastest dense attention and in GB/s beside peers, and prefill: a column a dtype and threads.
+
+    The bars of the first row reach from the slowest to the fastest layout and block size, the tick is their median.
+    """
+    rows = [row for row in rows if "phase" in row]
+    decode = [row for row in rows if row["phase"] == "decode" and row.get("gb_per_s")]
+    prefill = [row for row in rows if row["phase"] == "prefill" and row["kernel"] == "cpu-paged"]
+    columns = list(dict.fromkeys((row["dtype"], row["threads"]) for row in rows if row["dtype"] != "int8"))
+    figure = Figure(figsize=(1 + 4.6 * len(columns), 9.5), layout="constrained")
+    axes = figure.subplots(3, len(columns), squeeze=False, sharey="row")
+    for (dtype, threads), (ratios, speeds, chunks) in zip(columns, axes.T):
+        here = [row for row in decode if (row["dtype"], row["threads"]) == (dtype, threads)]
+        points = list(dict.fromkeys((row["num_seqs"], row["context_len"]) for row in here))
+        at = range(len(points))
+        title = f"{dtype}, {threads} thread{'s' if threads > 1 else ''}"
+        ratios.set_title(title, fontsize=11)
+        for x, point in zip(at, points):
+            mine = [
+                row["ratio_dense"]
+                for row in here
+                if row["kernel"] == "cpu-paged" and (row["num_seqs"], row["context_len"]) == point
+            ]
+            ratios.bar(x, max(mine) - min(mine), 0.6, min(mine), color="#0072B2", alpha=0.5)
+            ratios.plot([x - 0.3, x + 0.3], [median(mine)] * 2, color="#0072B2", lw=2)
+        for kernel, colour in _PEERS.items():
+            best = {
+                point: [
+                    row["gb_per_s"]
+                    for row in here
+                    if row["kernel"].startswith(kernel) and (row["num_seqs"], row["context_len"]) == point
+                ]
+                for point in points
+            }
+            found = [(x, max(best[point])) for x, point in zip(at, points) if best[point]]
+            marker = "o" if len(found) == len(points) else "D"
+            line = "-" if len(found) == len(points) else ""
+            if found:
+                speeds.plot(*zip(*found), marker=marker, ms=4, ls=line, color=colour, label=_NAMES[kernel])
+        for ax in (ratios, speeds):
+            ax.set_xticks(at, [f"{n} × {t:,}" for n, t in points], rotation=60, ha="right", fontsize=9)
+        mine = [row for row in prefill if (row["dtype"], row["threads"]) == (dtype, threads)]
+        shapes = list(dict.fromkeys((row["num_seqs"], row["query_len"], row["context_len"]) for row in mine))
+        heights = [
+            median(
+                row["ratio_sdpa"]
+                for row in mine
+                if (row["num_seqs"], row["query_len"], row["context_len"]) == shape
+            )
+            for shape in shapes
+        ]
+        chunks.bar(range(len(shapes)), heights, 0.6, color="#009E73", alpha=0.7)
+        names = [f"{n} × {q:,} of {t:,}" for n, q, t in shapes]
+        chunks.set_xticks(range(len(shapes)), names, rotation=60, ha="right", fontsize=9)
+        ratios.set_yscale("log", base=2)
+        speeds.set_yscale("log")
+        for ax in (ratios, speeds):
+            ax.yaxis.set_major_formatter(_PLAIN)
+        for ax in (ratios, chunks):
+            ax.axhline(1, color="black", lw=1, ls="--")
+        for ax in (ratios, speeds, chunks):
+            ax.spines[["top", "right"]].set_visible(False)
+    for ax, label in zip(
+        axes[:, 0], ("decode: paged over fastest dense", "decode: GB/s", "prefill: paged over fastest SDPA")
+    ):
+        ax.set_ylabel(label)
+    axes[2, 0].set_ylim(bottom=0)  # shared by the row
+    figure.legend(
+        *axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(_PEERS), frameon=False
+    )
     return figure
 
 

@@ -1,18 +1,22 @@
 """How fast does paged attention read the KV cache, next to dense attention and to a plain copy?
 
-Here are the contenders that stand for dense attention, and the batch that the paged kernels are given; the CPU's grid
-is measured in `pagedlab.bench.kernel_grid`, and where there is a GPU `pagedlab.bench.kernel_gpu` adds its rows.
+Here are the contenders that stand for dense attention, and the batch that the paged kernels are given. The CPU's decode
+grid is measured in `pagedlab.bench.kernel_grid`, its prefill in `pagedlab.bench.kernel_prefill`, its thread pools in
+`pagedlab.bench.kernel_threads`; where there is a GPU `pagedlab.bench.kernel_gpu` adds its rows.
 
-A full grid takes about five minutes. ``PAGEDLAB_BENCH_POINTS=16x1024,1x128`` measures only these points,
-``PAGEDLAB_BENCH_SECONDS`` sets the seconds for each (6), and ``PAGEDLAB_BENCH_KEEP=rows.jsonl`` keeps the rows of every
-point in that file as it is done and measures only what is not there.
+A full run takes about ten minutes on two cores. ``PAGEDLAB_BENCH_POINTS=16x1024,1x128`` measures only these points,
+``PAGEDLAB_BENCH_SECONDS`` sets the seconds for each (4), ``PAGEDLAB_BENCH_THREADS=1,2`` the numbers of threads (one,
+and all cores), and ``PAGEDLAB_BENCH_KEEP=rows.jsonl`` keeps the rows of every decode point in that file as it is done
+and measures only what is not there.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +41,10 @@ def dense_forms(query: torch.Tensor) -> dict[str, Callable[[torch.Tensor, torch.
     def expanded(x: torch.Tensor) -> torch.Tensor:
         return x[:, :, None].expand(-1, -1, GROUP, -1, -1).flatten(1, 2)
 
-    def repeated(x: torch.Tensor) -> torch.Tensor:
-        return x.repeat_interleave(GROUP, dim=1)
-
     return {
         "sdpa enable_gqa": lambda k, v: sdpa(alone, k, v, enable_gqa=True),
         "sdpa regrouped": lambda k, v: sdpa(grouped, k, v),
         "sdpa expand": lambda k, v: sdpa(alone, expanded(k), expanded(v)),
-        "sdpa repeat": lambda k, v: sdpa(alone, repeated(k), repeated(v)),
     }
 
 
@@ -92,25 +92,82 @@ def asked_points() -> tuple[tuple[int, int], ...] | None:
 
 
 def asked_seconds() -> float:
-    """The seconds for each point that ``PAGEDLAB_BENCH_SECONDS`` names, or 6."""
-    text = os.environ.get("PAGEDLAB_BENCH_SECONDS") or "6"
+    """The seconds for each point that ``PAGEDLAB_BENCH_SECONDS`` names, or 4."""
+    text = os.environ.get("PAGEDLAB_BENCH_SECONDS") or "4"
     if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text):
         raise ConfigError(f"PAGEDLAB_BENCH_SECONDS must be a number of seconds, not {text!r}")
     return float(text)
 
 
+def asked_threads() -> tuple[int, ...]:
+    """The numbers of threads that ``PAGEDLAB_BENCH_THREADS`` names, or one and as many as there are cores."""
+    text = os.environ.get("PAGEDLAB_BENCH_THREADS", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not text:
+        return tuple(sorted({1, cores}))
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text) or max(map(int, text.split(","))) > cores:
+        raise ConfigError(f"PAGEDLAB_BENCH_THREADS must look like 1,2, up to {cores}, not {text!r}")
+    return tuple(map(int, text.split(",")))
+
+
+@contextmanager
+def threads_of(count: int) -> Iterator[None]:
+    """Give torch, and the kernels that follow it, ``count`` threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def main(json: bool = False) -> list[dict[str, Any]]:
     """Measure the CPU, and the GPU where there is one; return the rows (the command line prints them)."""
-    from pagedlab.bench import kernel_grid
+    from pagedlab.bench import kernel_grid, kernel_prefill, kernel_threads
 
     keep = os.environ.get("PAGEDLAB_BENCH_KEEP")
+    seconds, threads = asked_seconds(), asked_threads()
     rows = kernel_grid.measure(
         points=asked_points() or kernel_grid.POINTS,
-        seconds=asked_seconds(),
+        threads=threads,
+        peers=True,
+        flex_points=kernel_grid.FLEX_POINTS,
+        seconds=seconds,
         keep=Path(keep) if keep else None,
     )
+    rows += kernel_prefill.measure(threads=threads, seconds=seconds / 2)
+    rows += kernel_threads.measure(threads=threads, seconds=seconds)
     if torch.cuda.is_available():
         from pagedlab.bench import kernel_gpu
 
         rows += kernel_gpu.measure()
     return rows
+
+
+def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return, by dtype and threads, what the paged kernel reaches at worst, in the middle, and at 16 x 1,024."""
+    rows = [row for row in rows if row.get("kernel") in ("cpu-paged", None) and row["dtype"] != "int8"]
+    found = []
+    for dtype, threads in dict.fromkeys((row["dtype"], row["threads"]) for row in rows if "phase" in row):
+        mine = [row for row in rows if (row["dtype"], row["threads"]) == (dtype, threads)]
+        decode = [row for row in mine if row["phase"] == "decode"]
+        main_point = [row for row in decode if (row["num_seqs"], row["context_len"]) == (16, 1024)]
+        measured: dict[str, tuple[Callable[[list[float]], float], list[float]]] = {
+            "decode_dense_least": (min, [row["ratio_dense"] for row in decode]),
+            "decode_dense_median": (statistics.median, [row["ratio_dense"] for row in decode]),
+            "decode_16x1024_dense": (statistics.median, [row["ratio_dense"] for row in main_point]),
+            "decode_16x1024_copy": (statistics.median, [row["ratio_copy"] for row in main_point]),
+            "decode_16x1024_gather": (statistics.median, [row["ratio_gather"] for row in main_point]),
+            "prefill_sdpa_least": (min, [row["ratio_sdpa"] for row in mine if row["phase"] == "prefill"]),
+            "threads_alone": (min, [row["ratio_alone"] for row in mine if row["phase"] == "threads"]),
+        }
+        figures = {name: of(values) if values else None for name, (of, values) in measured.items()}
+        found.append({"dtype": dtype, "threads": threads, **figures})
+    return found
+
+
+def draw(rows: Iterable[Mapping[str, Any]]) -> Any:
+    """Return the picture of `main`'s rows."""
+    from pagedlab.bench import figures
+
+    return figures.of_grid(list(rows))

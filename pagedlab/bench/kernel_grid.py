@@ -5,6 +5,10 @@ size takes turns with the ways to say grouped-query attention with torch on cont
 compares with the fastest of them at that point) and with a copy (``ratio_copy``); each ratio is the median of the
 rounds' ratios. ``gb_per_s`` counts keys and values (for the copy: bytes read plus written) at the median time.
 
+Beside them, on some points (`pagedlab.bench.kernel_peers`): `gather-sdpa`, which copies each context together first
+(``ratio_gather`` compares with it), torch's compiled flex_attention over a paged cache, and `cpu-paged` over a cache of
+one byte a channel (dtype int8; ``ratio_dense`` still compares with dense attention over the dtype of the point).
+
 Cold: each call reads the next stretch of a pool that is larger than the last-level cache. Warm (columns ``_warm``):
 each call is timed right after another on the same stretch; None where a stretch is larger than ``warm_bytes``.
 ``blocks`` says how a sequence's blocks lie: in random order, or adjacent as a contiguous allocator leaves them. At a
@@ -19,24 +23,39 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pagedlab.bench.kernel import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, decode_batch, dense_forms
+from pagedlab.bench.kernel import (
+    HEAD_SIZE,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    SCALE,
+    decode_batch,
+    dense_forms,
+    threads_of,
+)  # fmt: skip
+from pagedlab.bench.kernel_peers import PAGE, flex_form, gather_form, int8_form
 from pagedlab.errors import ConfigError
 from pagedlab.kernels.cpu import CPUPagedAttention
+from pagedlab.policies.layout import Padded
 from pagedlab.registry import make, policy_names
 
 POINTS = tuple(itertools.product((1, 4, 16, 64), (128, 1024, 8192)))
 """Sequences, tokens of context of each."""
 BLOCK_SIZES = (16, 32, 128)
 BLOCKS = ("random", "adjacent")
+FLEX_POINTS = ((1, 8192), (16, 1024))
+"""Where flex_attention is compiled, for each dtype and number of threads."""
+PEER_LAYOUT, PEER_BLOCK_SIZE = Padded.name, 16
 DTYPES = {
     str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
+
+RACING = ("cpu-paged", "copy")
+"""What is measured to the end however slow it is."""
 
 Form = Callable[[torch.Tensor, torch.Tensor], Any]
 """A contender: attention (or a copy) over keys and values [num_seqs, num_kv_heads, context_len, head_size]."""
@@ -53,8 +72,13 @@ def contenders(
     blocks: Iterable[str],
     dtype: torch.dtype,
     rng: torch.Generator,
+    peers: bool = False,
+    pool_bytes: int = 0,
 ) -> dict[Key, Form]:
-    """Return what runs at one point, by kernel, layout, block size and how the blocks lie."""
+    """Return what runs at one point, by kernel, layout, block size and how the blocks lie.
+
+    ``peers`` adds `gather-sdpa` and a cache of int8, which goes round through about ``pool_bytes`` of its own.
+    """
     query = torch.randn(num_seqs, NUM_HEADS, HEAD_SIZE, generator=rng).to(dtype)
     target = torch.empty(num_seqs, NUM_KV_HEADS, context_len, HEAD_SIZE, dtype=dtype)
     forms: dict[Key, Form] = {
@@ -71,6 +95,11 @@ def contenders(
 
     for name, block_size, order in itertools.product(layouts, block_sizes, blocks):
         forms["cpu-paged", name, block_size, order] = paged(name, block_size, order)
+    if peers:
+        key, tokens = (PEER_LAYOUT, PEER_BLOCK_SIZE, "random"), (context_len, PEER_BLOCK_SIZE)
+        gather, int8 = Padded(), Padded()
+        forms["gather-sdpa", *key] = gather_form(query, gather, *tokens, rng)
+        forms["cpu-paged int8", *key] = int8_form(query, int8, *tokens, rng, pool_bytes)
     return forms
 
 
@@ -82,6 +111,8 @@ def measure(
     blocks: Iterable[str] = ("random",),
     dtypes: Iterable[str] = ("float32", "bfloat16"),
     threads: Iterable[int] | None = None,
+    peers: bool = False,
+    flex_points: Iterable[tuple[int, int]] = (),
     seconds: float = 6.0,
     pool_bytes: int = 512 * 2**20,
     warm_bytes: int = 64 * 2**20,
@@ -90,11 +121,13 @@ def measure(
     """Return one row per point, kernel, layout, block size, order of blocks, dtype and number of threads.
 
     Each point is measured for about ``seconds``, at least four calls each. ``threads`` left out: as many as torch has.
+    At ``flex_points`` flex_attention is compiled and measured too; where it cannot be, its row has a ``note`` that says
+    why, and no figures.
     What the file ``keep`` holds already (a JSON object a line: point and rows) is read from there and not measured.
     """
-    points, sizes, orders = list(points), list(block_sizes), list(blocks)
+    points, sizes, orders, flex = list(points), list(block_sizes), list(blocks), set(flex_points)
     names = list(policy_names("layout") if layouts is None else layouts)
-    _check(points, sizes, orders)
+    _check(points, [*sizes, PEER_BLOCK_SIZE] if peers else sizes, orders)
     done = _kept(keep)
     rows: list[dict[str, Any]] = []
     for title in dtypes:
@@ -104,23 +137,29 @@ def measure(
             threads or (torch.get_num_threads(),), points
         ):
             asked = {
+                "phase": "decode",
                 "num_seqs": num_seqs,
                 "context_len": context_len,
                 "dtype": title,
                 "threads": count,
             }
             contents = asked | {"layouts": names, "block_sizes": sizes, "blocks": orders}
+            with_flex = (num_seqs, context_len) in flex
+            contents |= {"peers": peers, "flex": with_flex}
             here = next((found for known, found in done if known == contents), None)
             if here is None:
                 pool = _pool(pool_bytes, points, dtype) if pool is None else pool
                 rng = torch.Generator().manual_seed(0)
                 nbytes = _point_bytes(num_seqs, context_len, dtype)
-                with torch.inference_mode(), _threads(count):
+                with torch.inference_mode(), threads_of(count):
                     forms = contenders(
-                        num_seqs, context_len, layouts=names, block_sizes=sizes, blocks=orders, dtype=dtype, rng=rng
+                        num_seqs, context_len, layouts=names, block_sizes=sizes, blocks=orders, dtype=dtype, rng=rng,
+                        peers=peers, pool_bytes=pool_bytes // dtype.itemsize,
                     )  # fmt: skip
+                    why = _add_flex(forms, num_seqs, context_len, dtype, rng) if with_flex else ""
                     cold, warm = _timed(forms, pool, num_seqs, context_len, seconds, nbytes <= warm_bytes)
-                here = [asked | row for row in _rows(cold, warm, nbytes)]
+                here = [asked | row for row in _rows(cold, warm, nbytes, dtype.itemsize)]
+                here += [asked | {"kernel": "flex_attention", "note": why}] if why else []
                 if keep is not None:
                     with keep.open("a", encoding="utf-8") as file:
                         file.write(json.dumps({"point": contents, "rows": here}) + "\n")
@@ -158,14 +197,18 @@ def _kept(keep: Path | None) -> list[tuple[dict[str, Any], list[dict[str, Any]]]
     return points
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def _add_flex(
+    forms: dict[Key, Form], num_seqs: int, context_len: int, dtype: torch.dtype, rng: torch.Generator
+) -> str:
+    """Add flex_attention to the contenders, or return why it is not there."""
+    page = min(PAGE, context_len)
+    query = torch.randn(num_seqs, NUM_HEADS, HEAD_SIZE, generator=rng).to(dtype)
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        forms["flex_attention", "contiguous", page, "random"] = flex_form(query, context_len, page, rng)
+    except Exception as error:  # whatever the compiler, or the one below it, has to say
+        lines = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0][:200]}"
+    return ""
 
 
 def _point_bytes(num_seqs: int, context_len: int, dtype: torch.dtype) -> int:
@@ -212,8 +255,8 @@ def _timed(
             cold[key].append(call(form, next(turn)))
     warm: dict[Key, list[float]] = {key: [] for key in forms}
     hopeless = 4 * min(min(times) for key, times in cold.items() if key[0].startswith("sdpa"))
-    # Three calls are enough for a form of dense attention that is far behind another.
-    racing = [key for key in forms if not key[0].startswith("sdpa") or min(cold[key]) < hopeless]
+    # Three calls are enough for what is far behind the fastest dense attention, as some of its forms are.
+    racing = [key for key in forms if key[0] in RACING or min(cold[key]) < hopeless]
     shuffle = random.Random(0).shuffle
     end = time.perf_counter() + seconds
     while True:
@@ -228,24 +271,29 @@ def _timed(
 
 
 def _rows(
-    cold: dict[Key, list[float]], warm: dict[Key, list[float]], nbytes: int
+    cold: dict[Key, list[float]], warm: dict[Key, list[float]], nbytes: int, itemsize: int
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each contender from the seconds of its calls; the i-th calls of all belong to one round."""
     copy = cold["copy", "contiguous", None, None]
     dense, dense_warm = _fastest_dense(cold), _fastest_dense(warm)
+    gather = cold.get(("gather-sdpa", PEER_LAYOUT, PEER_BLOCK_SIZE, "random"))
     for key, times in cold.items():
         kernel, layout, block_size, order = key
-        again = warm[key]
-        yield {
+        again, read = warm[key], nbytes
+        cached: dict[str, Any] = {}
+        if kernel.endswith(" int8"):
+            kernel, cached, read = kernel.removesuffix(" int8"), {"dtype": "int8"}, nbytes // itemsize
+        yield cached | {
             "kernel": kernel,
             "layout": layout,
             "block_size": block_size,
             "blocks": order,
-            "gb_per_s": nbytes / statistics.median(times) / 1e9,
-            "gb_per_s_best": nbytes / min(times) / 1e9,
+            "gb_per_s": read / statistics.median(times) / 1e9,
+            "gb_per_s_best": read / min(times) / 1e9,
             "ratio_dense": _ratio(dense, times),
-            "ratio_copy": _ratio(copy, times),
-            "gb_per_s_warm": nbytes / statistics.median(again) / 1e9 if again else None,
+            "ratio_copy": _ratio(copy, times) * read / nbytes,
+            "ratio_gather": _ratio(gather, times) if gather else None,
+            "gb_per_s_warm": read / statistics.median(again) / 1e9 if again else None,
             "ratio_dense_warm": _ratio(dense_warm, again) if again else None,
             "calls": len(times),
         }

@@ -5,15 +5,20 @@ does), all of one length or one of them sixteen times as long. ``nbytes`` are th
 divides by the blocks of all sequences, ``bytes_read`` is what a kernel reads of it to visit all of them. ``build_us``
 opens all rows, ``append_us`` appends a block to every row, ``arrays_us`` asks for the arrays that a kernel is handed,
 once a step. Layouts take turns; medians in microseconds.
+
+Beside it, the engine end to end with each layout (rows with ``tokens_per_s``): the model and requests of
+`pagedlab.bench.engine` in bfloat16, the first of them, on the default kernel. ``ratio_default`` is the median of the
+rounds' ratios to the default layout. ``PAGEDLAB_BENCH_REPEATS`` sets the rounds (5).
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pagedlab.errors import ConfigError
@@ -27,6 +32,8 @@ LENGTHS = ("equal", "one long")
 LONG = 16
 """How many times as long the long sequence is."""
 APPENDS = 32
+NOISE = 0.05
+"""How far from 1 the ratio of two equal engines may be on a quiet machine."""
 
 
 def make_tables(num_seqs: int, blocks_per_seq: int, *, blocks: str, lengths: str) -> list[list[int]]:
@@ -109,6 +116,57 @@ def measure(
     return rows
 
 
+def measure_engine(
+    *, layouts: Iterable[str] | None = None, num_requests: int = 16, repeats: int = 5, dtype: str = "bfloat16"
+) -> list[dict[str, Any]]:
+    """Return one row per layout: tokens a second of the engine on a real model, layouts in turn."""
+    import torch
+
+    from pagedlab.bench import engine
+    from pagedlab.config import Config
+    from pagedlab.executors.model import ModelExecutor
+    from pagedlab.executors.shapes import random_model
+
+    default = Config().policies()
+    names = list(dict.fromkeys([default.layout.name, *(layouts or policy_names("layout"))]))
+    requests = engine.make_requests(num_requests)
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    executors = {}
+    for name in names:
+        layout: Any = make("layout", name)
+        model = random_model(engine.SHAPE, getattr(torch, dtype))
+        executors[name] = ModelExecutor(model, layout=layout, kernel=default.kernel)
+        engine.pagedlab_rate(executors[name], requests[:2], 2)  # compiles
+    order, shuffle = list(names), random.Random(0).shuffle
+    for _ in range(repeats):
+        shuffle(order)
+        for name in order:
+            rates[name].append(engine.pagedlab_rate(executors[name], requests, num_requests))
+    return [
+        {
+            "layout": name,
+            "dtype": dtype,
+            "requests": num_requests,
+            "requested_tokens": engine.requested(requests),
+            "repeats": repeats,
+            "threads": torch.get_num_threads(),
+            "tokens_per_s": statistics.median(mine),
+            "ratio_default": statistics.median(m / d for m, d in zip(mine, rates[names[0]])),
+        }
+        for name, mine in rates.items()
+    ]
+
+
 def main(json: bool = False) -> list[dict[str, Any]]:
     """Measure and return the rows (the command line prints them)."""
-    return measure()
+    return [*measure(), *measure_engine(repeats=int(os.environ.get("PAGEDLAB_BENCH_REPEATS", "5")))]
+
+
+def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return tokens a second by layout, and whether the engine is slower with it than with the default (by over 5%)."""
+    columns = ("layout", "tokens_per_s", "ratio_default")
+    return [
+        {name: row[name] for name in columns} | {"slower": row["ratio_default"] < 1 - NOISE}
+        for row in rows
+        if "ratio_default" in row
+    ]

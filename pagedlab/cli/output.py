@@ -23,9 +23,14 @@ _BETWEEN = 3
 
 def print_json(command: str, results: Any, **more: Any) -> None:
     """Print one JSON object: the command, versions and hardware, ``more``, and the results last."""
+    typer.echo(json_object(command, results, **more))
+
+
+def json_object(command: str, results: Any, **more: Any) -> str:
+    """Return the text that `print_json` prints."""
     from pagedlab.lab.environment import environment
 
-    typer.echo(json_module.dumps({"command": command, **environment(), **more, "results": results}, indent=2))
+    return json_module.dumps({"command": command, **environment(), **more, "results": results}, indent=2)
 
 
 def print_comparison(comparison: Any) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pagedlab.executors import loops
-from pagedlab.kernels.wide import has_wide
+from pagedlab.kernels.avx512 import has_wide
 
 _LINE = 64
 

@@ -8,14 +8,15 @@ in. A cache tensor is ``[block, head, token, channel]``: the tokens of one block
     block 8   ...
 
 One *task* is one sequence, one KV head and a tile of its query tokens; the tile's rows (query tokens times the query
-heads of the group) share each key that is loaded. Over tiles of keys runs the online softmax (Milakov & Gimelshein
-2018; Dao et al. 2022): scores of the tile, a new maximum, the old sums rescaled, then one pass over the values. While
-the keys of a block are scored its values are fetched to the L2 cache, and while those are summed, the keys of a block
-one tile on. Blocks lie anywhere, so the hardware's own prefetcher stops at the end of each; asking for the next ones
-early is what makes paged decoding as fast as dense and faster.
+heads of the group) share each key that is loaded (`cpu_tile`; `wide` with AVX-512 and bfloat16). Over tiles of keys
+runs the online softmax (Milakov & Gimelshein 2018; Dao et al. 2022): scores of the tile, a new maximum, the old sums
+rescaled, then one pass over the values. Blocks lie anywhere, so the hardware's own prefetcher stops at the end of each;
+asking for the next ones early is what makes paged decoding as fast as dense and faster.
 
-Tasks are cut and computed without regard to who else is in the batch, so a sequence's output is the same bits in every
-company and with every number of threads.
+Few long sequences leave threads without work, so their contexts are cut into pieces, one task each, and the pieces'
+sums joined (split-KV; flash-decoding, Dao et al. 2023). How many pieces depends on the batch and the threads: equal
+inputs on equally many threads give equal bits. With ``batch_invariant`` a piece has a fixed length, and a sequence's
+output is the same bits in every company and with every number of threads.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -23,7 +24,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -32,31 +32,29 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import cfunc, njit, prange, types
+from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic as _numba_intrinsic
-from numba.extending import overload, register_jitable
+from numba.extending import register_jitable
 from numpy.typing import NDArray
 
 from pagedlab.errors import ConfigError
 from pagedlab.kernels.base import AttentionBatch
+from pagedlab.kernels.cpu_tile import KEY_TILE, ROW_TILE, tile
 from pagedlab.kernels.layouts import device_functions
+from pagedlab.kernels.scaled import LARGEST_INT8, TAIL, allocate_bytes, runs_of, set_head_scales
 from pagedlab.kernels.wide import fits, wide_tile
 from pagedlab.policies.layout import Layout
 
-KEY_TILE = 64
-"""Keys per step of the online softmax: enough to make its bookkeeping small, few enough to stay in the L1 cache."""
-ROW_TILE = 32
-"""Rows (query tokens times heads of the group) that share a tile of keys."""
+TASKS_PER_THREAD = 4
+"""Tasks that are wanted for each thread before contexts are cut: few are hard to share out evenly."""
+SHORTEST_PIECE = 512
+"""Keys of a piece at least, where contexts are cut to fill the cores: a piece has sums to write and to join."""
+
+MANY_ROWS = 16
+"""Rows (query tokens times heads of the group) from which a sequence is a chunk: sums cost more than memory."""
 
 intrinsic: Any = _numba_intrinsic  # its type speaks of the function given, not of the one that comes back
-
-# NaN and infinity keep their meaning: masked scores are -inf, and a model's own NaN must come out as NaN.
-_FAST = {"reassoc", "contract", "arcp", "nsz"}
-_LOOP: dict[str, Any] = {"nogil": True, "fastmath": _FAST, "error_model": "numpy", "cache": True}
-
-# --- what numba does not have: raw pointers, scratch on the stack, prefetch, bit casts ------------------------------
-# (in this module and not in one of their own: numba's cache on disk watches one file per function)
 
 
 @intrinsic
@@ -72,326 +70,6 @@ def _call(typingctx, address, arguments):
     return types.void(types.intp, arguments), codegen
 
 
-@intrinsic
-def _shift(typingctx, pointer, offset):
-    """``pointer + offset`` elements."""
-    return pointer(pointer, types.intp), lambda context, builder, signature, args: builder.gep(
-        args[0], [args[1]]
-    )
-
-
-@intrinsic
-def _like(typingctx, x, pointer):
-    """``x`` as the type that ``pointer`` points to."""
-
-    def codegen(context, builder, signature, args):
-        return context.cast(builder, args[0], types.float64, pointer.dtype)
-
-    return pointer.dtype(types.float64, pointer), codegen
-
-
-@intrinsic
-def _itemsize(typingctx, pointer):
-    """Bytes of one element."""
-
-    def codegen(context, builder, signature, args):
-        size = context.get_abi_sizeof(context.get_data_type(pointer.dtype))
-        return ir.Constant(ir.IntType(64), size)
-
-    return types.intp(pointer), codegen
-
-
-@intrinsic
-def _scratch(typingctx, count, like):
-    """Pointer to ``count`` numbers of ``like``'s type on this function's stack.
-
-    The stack rather than an array: LLVM then knows that stores to it change no key and no value, and vectorises.
-    """
-
-    def codegen(context, builder, signature, args):
-        memory = builder.alloca(context.get_value_type(signature.args[1]), size=args[0])
-        memory.align = 64
-        return memory
-
-    return types.CPointer(like)(types.intp, like), codegen
-
-
-@intrinsic
-def _prefetch(typingctx, pointer, offset):
-    """Ask for the cache line of ``pointer[offset]``, harmless at any address.
-
-    To the L2 cache, which can wait for twice as many lines at once as the L1 cache: 16 GB/s on one core instead of 10.
-    """
-
-    def codegen(context, builder, signature, args):
-        i32, voidptr = ir.IntType(32), cgutils.voidptr_t
-        kind = ir.FunctionType(ir.VoidType(), [voidptr, i32, i32, i32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        address = builder.bitcast(builder.gep(args[0], [args[1]]), voidptr)
-        builder.call(function, [address, i32(0), i32(2), i32(1)])
-        return context.get_dummy_value()
-
-    return types.void(pointer, types.intp), codegen
-
-
-@intrinsic
-def _bits_to_float(typingctx, bits):
-    return types.float32(types.int32), lambda c, builder, s, args: builder.bitcast(args[0], ir.FloatType())
-
-
-def _widen(x: Any) -> Any:
-    """A cached number as the kernel computes with it. 16-bit integers are the bits of bfloat16 or float16."""
-    raise NotImplementedError
-
-
-@overload(_widen)
-def _widen_by_type(x):
-    if x is types.uint16:  # bfloat16 is the upper half of a float32
-        return lambda x: _bits_to_float(np.int32(x) << np.int32(16))
-    if (
-        x is types.int16
-    ):  # float16: move the exponent, then repair its bias by a multiplication (subnormals too)
-        rebias = np.float32(2.0**112)
-
-        def half(x):
-            bits = np.int32(x)
-            magnitude = (bits & np.int32(0x7FFF)) << np.int32(13)
-            infinite = np.int32(0x7F800000) if magnitude >= np.int32(0x0F800000) else np.int32(0)
-            sign = np.int32(-2147483648) if bits < np.int32(0) else np.int32(0)
-            value = _bits_to_float(magnitude) * rebias
-            return _bits_to_float(_float_to_bits(value) | infinite | sign)
-
-        return half
-    return lambda x: x
-
-
-@intrinsic
-def _float_to_bits(typingctx, x):
-    return types.int32(types.float32), lambda c, builder, s, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-def _exp(x: Any) -> Any:
-    """Return e to the x <= 0: libm's in float64; in float32 a polynomial that LLVM can vectorise (Cephes)."""
-    raise NotImplementedError
-
-
-@overload(_exp)
-def _exp_by_type(x):
-    if x is types.float64:
-        return lambda x: math.exp(x)
-    low, log2e, ln2_hi, ln2_lo = map(np.float32, (-87.0, 1.44269504, 0.693359375, -2.12194440e-4))
-    c0, c1, c2 = map(np.float32, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3))
-    c3, c4, c5 = map(np.float32, (4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1))
-    zero, half, one = map(np.float32, (0.0, 0.5, 1.0))
-
-    def exp32(x):
-        y = low if x < low else x  # keeps NaN
-        n = np.floor(y * log2e + half)
-        r = (y - n * ln2_hi) - n * ln2_lo
-        p = ((((c0 * r + c1) * r + c2) * r + c3) * r + c4) * r + c5
-        scaled = (p * r * r + r + one) * _bits_to_float((np.int32(n) + np.int32(127)) << np.int32(23))
-        return zero if x < low else scaled
-
-    return exp32
-
-
-# --- the loops ------------------------------------------------------------------------------------------------------
-
-
-@njit(forceinline=True, **_LOOP)
-def _dot_2x4(q0, q1, k0, k1, k2, k3, size, zero):
-    """Eight dot products over ``size`` channels: each number is loaded once and used two or four times."""
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zero
-    for d in range(size):
-        x0, x1, x2, x3 = _widen(k0[d]), _widen(k1[d]), _widen(k2[d]), _widen(k3[d])
-        a0 += q0[d] * x0
-        a1 += q0[d] * x1
-        a2 += q0[d] * x2
-        a3 += q0[d] * x3
-        b0 += q1[d] * x0
-        b1 += q1[d] * x1
-        b2 += q1[d] * x2
-        b3 += q1[d] * x3
-    return a0, a1, a2, a3, b0, b1, b2, b3
-
-
-@njit(forceinline=True, **_LOOP)
-def _scores(q, rows, size, keys, count, ahead, p, zero):
-    """``p[r, t] = q[r] . keys[t]`` for ``rows`` x ``count``, four keys and two rows at a time.
-
-    ``p`` has KEY_TILE columns. It and ``q`` have an even number of rows: the last is padding if ``rows`` is odd.
-    """
-    line = 64 // _itemsize(keys)
-    for t in range(0, count - 3, 4):
-        k0, k1 = _shift(keys, t * size), _shift(keys, (t + 1) * size)
-        k2, k3 = _shift(keys, (t + 2) * size), _shift(keys, (t + 3) * size)
-        for c in range(t * size, (t + 4) * size, line):
-            _prefetch(ahead, c)
-        for r in range(0, rows, 2):
-            q0, q1 = _shift(q, r * size), _shift(q, (r + 1) * size)
-            at = r * KEY_TILE + t
-            if size == 64:  # written out for LLVM: a constant makes the most common case a third faster
-                a0, a1, a2, a3, b0, b1, b2, b3 = _dot_2x4(q0, q1, k0, k1, k2, k3, 64, zero)
-            else:
-                a0, a1, a2, a3, b0, b1, b2, b3 = _dot_2x4(q0, q1, k0, k1, k2, k3, size, zero)
-            p[at], p[at + 1], p[at + 2], p[at + 3] = a0, a1, a2, a3
-            at += KEY_TILE
-            p[at], p[at + 1], p[at + 2], p[at + 3] = b0, b1, b2, b3
-    for t in range(count - count % 4, count):
-        k0 = _shift(keys, t * size)
-        for r in range(rows):
-            q0 = _shift(q, r * size)
-            a0 = zero
-            for d in range(size):
-                a0 += q0[d] * _widen(k0[d])
-            p[r * KEY_TILE + t] = a0
-
-
-@njit(forceinline=True, **_LOOP)
-def _add_4x2(a0, a1, a2, a3, b0, b1, b2, b3, v0, v1, v2, v3, s0, s1, size):
-    """Add four weighted values to the sums of two rows."""
-    for d in range(size):
-        x0, x1, x2, x3 = _widen(v0[d]), _widen(v1[d]), _widen(v2[d]), _widen(v3[d])
-        s0[d] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-        s1[d] += b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
-
-
-@njit(forceinline=True, **_LOOP)
-def _accumulate(p, rows, size, values, count, ahead, acc):
-    """``acc[r] += sum of p[r, t] * values[t]``, four values and two rows at a time; rows padded as in `_scores`."""
-    line = 64 // _itemsize(values)
-    for t in range(0, count - 3, 4):
-        v0, v1 = _shift(values, t * size), _shift(values, (t + 1) * size)
-        v2, v3 = _shift(values, (t + 2) * size), _shift(values, (t + 3) * size)
-        for c in range(t * size, (t + 4) * size, line):
-            _prefetch(ahead, c)
-        for r in range(0, rows, 2):
-            at = r * KEY_TILE + t
-            a0, a1, a2, a3 = p[at], p[at + 1], p[at + 2], p[at + 3]
-            at += KEY_TILE
-            b0, b1, b2, b3 = p[at], p[at + 1], p[at + 2], p[at + 3]
-            s0, s1 = _shift(acc, r * size), _shift(acc, (r + 1) * size)
-            if size == 64:
-                _add_4x2(a0, a1, a2, a3, b0, b1, b2, b3, v0, v1, v2, v3, s0, s1, 64)
-            else:
-                _add_4x2(a0, a1, a2, a3, b0, b1, b2, b3, v0, v1, v2, v3, s0, s1, size)
-    for t in range(count - count % 4, count):
-        v0 = _shift(values, t * size)
-        for r in range(rows):
-            a0 = p[r * KEY_TILE + t]
-            s0 = _shift(acc, r * size)
-            for d in range(size):
-                s0[d] += a0 * _widen(v0[d])
-
-
-@njit(nogil=True, error_model="numpy", cache=True, fastmath=_FAST | {"nnan"})
-def _largest(p, count, start):
-    """Largest of ``start`` and ``p[:count]``. NaN may be passed over here: it comes back with the exponentials."""
-    for t in range(count):
-        start = p[t] if p[t] > start else start
-    return start
-
-
-def _attend_tile(
-    query, keys, values, out, blocks, num_kv_heads, group, size, value_size, block_size, head, token, count, position,
-    scale64, window, soft_cap64
-):  # fmt: skip
-    """Attend for query tokens ``token .. token + count``, at ``position ..`` of one sequence, in one group of heads."""
-    scale, soft_cap = _like(scale64, query), _like(soft_cap64, query)
-    zero = _like(0.0, query)
-    rows = count * group
-    pairs = rows + rows % 2
-    q, acc = _scratch(pairs * size, scale), _scratch(pairs * value_size, scale)
-    p = _scratch(pairs * KEY_TILE, scale)
-    top, total = _scratch(rows, scale), _scratch(rows, scale)
-    for r in range(rows):
-        top[r], total[r] = -np.inf, zero
-        source = _shift(query, (((token + r // group) * num_kv_heads + head) * group + r % group) * size)
-        for d in range(size):
-            q[r * size + d] = source[d] * scale
-    for d in range(rows * size, pairs * size):
-        q[d] = zero
-    for d in range(pairs * value_size):
-        acc[d] = zero
-
-    end = position + count
-    first = max(0, position - window + 1) if window > 0 else 0
-    for tile in range(first, end, KEY_TILE):
-        stop = min(tile + KEY_TILE, end)
-        at = tile
-        while at < stop:
-            offset = at % block_size
-            piece = min(block_size - offset, stop - at)
-            start = (np.int64(blocks[at // block_size]) * num_kv_heads + head) * block_size + offset
-            # While the keys of a block are scored, its values are on their way.
-            _scores(
-                q, rows, size, _shift(keys, start * size), piece, _shift(values, start * value_size),
-                _shift(p, at - tile), zero,
-            )  # fmt: skip
-            at += piece
-
-        for r in range(rows):
-            here = position + r // group
-            low = max(0, here - window + 1 - tile) if window > 0 else 0
-            high = min(stop, here + 1) - tile
-            row = _shift(p, r * KEY_TILE)
-            if high <= low:
-                for t in range(stop - tile):
-                    row[t] = zero
-                continue
-            if soft_cap > 0:
-                for t in range(low, high):
-                    row[t] = soft_cap * math.tanh(row[t] / soft_cap)
-            for t in range(low):
-                row[t] = -np.inf
-            for t in range(high, stop - tile):
-                row[t] = -np.inf
-            largest = _largest(row, stop - tile, top[r])
-            shrink = _exp(top[r] - largest)
-            added = zero
-            for t in range(stop - tile):
-                e = _exp(row[t] - largest)
-                row[t] = e
-                added += e
-            top[r], total[r] = largest, total[r] * shrink + added
-            if shrink != 1:
-                for d in range(value_size):
-                    acc[r * value_size + d] *= shrink
-
-        at = tile
-        while at < stop:
-            offset = at % block_size
-            piece = min(block_size - offset, stop - at)
-            start = (np.int64(blocks[at // block_size]) * num_kv_heads + head) * block_size + offset
-            # While the values of a block are summed, the keys one tile further are on their way.
-            later = min(at + KEY_TILE, end - 1)
-            ahead = (np.int64(blocks[later // block_size]) * num_kv_heads + head) * block_size + offset
-            _accumulate(
-                _shift(p, at - tile), rows, value_size, _shift(values, start * value_size), piece,
-                _shift(keys, ahead * size), acc,
-            )  # fmt: skip
-            at += piece
-
-    for r in range(rows):
-        target = _shift(out, (((token + r // group) * num_kv_heads + head) * group + r % group) * value_size)
-        share = 1 / total[r]
-        for d in range(value_size):
-            target[d] = acc[r * value_size + d] * share
-
-
-@functools.cache
-def _tile(dtype: torch.dtype) -> Any:
-    """Compile `_attend_tile` for a cache of ``dtype``; its machine code lies at ``.address`` and is kept for good.
-
-    The batch loop calls it by address: linked in, it would be optimised again with every layout (seconds each).
-    """
-    real = types.float64 if dtype == torch.float64 else types.float32
-    cached = {torch.bfloat16: types.uint16, torch.float16: types.int16}.get(dtype, real)
-    pointers = [types.CPointer(t) for t in (real, cached, cached, real, types.int32)]
-    signature = types.void(*pointers, *[types.int64] * 9, types.float64, types.int64, types.float64)
-    return cfunc(signature, cache=True, fastmath=_FAST, error_model="numpy")(_attend_tile)
-
-
 @functools.cache
 def _batch_loop(block_of: Callable[..., Any], fingerprint: str) -> Callable[..., str]:
     """Return the loop over a batch for one layout: what is cut into tasks, and which thread takes which.
@@ -403,47 +81,102 @@ def _batch_loop(block_of: Callable[..., Any], fingerprint: str) -> Callable[...,
 
     @njit(parallel=True, nogil=True, error_model="numpy", cache=True)
     def attend(
-        tile_address, query, keys, values, out, num_kv_heads, group, size, value_size, block_size,
-        query_start, context_lens, rows, entries, index, scale, window, soft_cap, parts
+        codes, tensors, shape, reals, query_start, context_lens, rows, entries, index, piece, parts
     ):  # fmt: skip
-        tile = max(1, ROW_TILE // group)
+        num_kv_heads, group, block_size, window, tile = shape[0], shape[1], shape[4], shape[7], shape[8]
         work = 0
         for s in range(rows.shape[0]):
             count, length = np.int64(query_start[s + 1] - query_start[s]), np.int64(context_lens[s])
             for j in range(0, count, tile):
-                work += _work(min(tile, count - j), length - count + j, window) * num_kv_heads
+                n, position = min(tile, count - j), length - count + j
+                work += n * (position + n - _first(position, window)) * num_kv_heads
         for part in prange(parts):
             mine, beyond = work * part // parts, work * (part + 1) // parts
             blocks = np.empty(context_lens.max() // block_size + 1, np.int32)
-            done = 0
+            done = row = 0
             for s in range(rows.shape[0]):
                 count, length = np.int64(query_start[s + 1] - query_start[s]), np.int64(context_lens[s])
+                pieces = _pieces(count, length, window, tile, piece)
                 found = False
                 for head in range(num_kv_heads):
                     for j in range(0, count, tile):
                         n, position = min(tile, count - j), length - count + j
-                        if mine <= done < beyond:
-                            if not found:
-                                first = max(0, length - count + 1 - window) if window > 0 else 0
-                                for i in range(first // block_size, (length - 1) // block_size + 1):
-                                    blocks[i] = find(entries, index, rows[s], i)
-                                found = True
-                            arguments = (
-                                query, keys, values, out, blocks.ctypes.data, num_kv_heads, group, size, value_size,
-                                block_size, head, query_start[s] + j, n, position, scale, window, soft_cap,
-                            )  # fmt: skip
-                            _call(tile_address, arguments)
-                        done += _work(n, position, window)
+                        for i in range(pieces):
+                            first = _first(position, window) + i * piece
+                            end = first + piece if i + 1 < pieces else position + n
+                            if mine <= done < beyond:
+                                if not found:
+                                    start = _first(length - count, window)
+                                    for k in range(start // block_size, (length - 1) // block_size + 1):
+                                        blocks[k] = find(entries, index, rows[s], k)
+                                    found = True
+                                arguments = (
+                                    tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], blocks.ctypes.data,
+                                    tensors[5], tensors[6], shape.ctypes.data, reals.ctypes.data, head,
+                                    query_start[s] + j, n, position, first, end, row if pieces > 1 else -1,
+                                )  # fmt: skip
+                                _call(codes[1] if count * group >= MANY_ROWS else codes[0], arguments)
+                            done += n * (end - first)
+                            row += n * group if pieces > 1 else 0
         return fingerprint
 
     return attend
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _work(count, position, window):
-    """How much a tile costs: its query tokens times the keys that it reads."""
-    visible = position + count
-    return count * (min(visible, count + window) if window > 0 else visible)
+def _first(position, window):
+    """Return the first key that a token at ``position`` sees."""
+    return max(0, position - window + 1) if window > 0 else 0
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _pieces(count, length, window, tile, piece):
+    """Into how many pieces a sequence's context is cut: 1 unless its query tokens are one tile."""
+    if piece == 0 or count > tile:
+        return 1
+    return max(1, (length - _first(length - count, window) + piece - 1) // piece)
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _partial_rows(query_start, context_lens, shape, piece):
+    """Return how many rows of partial sums a batch has."""
+    rows = 0
+    for s in range(context_lens.shape[0]):
+        count, length = np.int64(query_start[s + 1] - query_start[s]), np.int64(context_lens[s])
+        pieces = _pieces(count, length, shape[7], shape[8], piece)
+        rows += pieces * count * shape[1] * shape[0] if pieces > 1 else 0
+    return rows
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _join(partial, out, joined, query_start, context_lens, shape, piece):
+    """Join the sums of a context's pieces in ``out`` [num_tokens, num_heads, value_size], and tick its tokens."""
+    num_kv_heads, group, size = shape[0], shape[1], shape[3]
+    at = 0
+    for s in range(context_lens.shape[0]):
+        count, length = np.int64(query_start[s + 1] - query_start[s]), np.int64(context_lens[s])
+        pieces = _pieces(count, length, shape[7], shape[8], piece)
+        if pieces == 1:
+            continue
+        joined[query_start[s] : query_start[s + 1]] = True
+        for head in range(num_kv_heads):
+            rows = count * group
+            for r in range(rows):
+                target = out[query_start[s] + r // group, head * group + r % group]
+                top = partial[at + r, size]
+                for i in range(1, pieces):
+                    top = max(top, partial[at + i * rows + r, size])
+                total = partial.dtype.type(0)
+                target[:] = 0
+                for i in range(pieces):
+                    piece_row = partial[at + i * rows + r]
+                    weight = np.exp(piece_row[size] - top)
+                    total += weight * piece_row[size + 1]
+                    for d in range(size):
+                        target[d] += weight * piece_row[d]
+                for d in range(size):
+                    target[d] /= total
+            at += pieces * rows
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -454,6 +187,48 @@ def _write(cache, new, slots):
         for h in range(new.shape[1]):
             for d in range(new.shape[2]):
                 cache[block, h, offset, d] = new[i, h, d]
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _as_int8(x):
+    """The nearest whole number to ``x``, to even, up to 127: adding 1.5 * 2**23 leaves no bits for a fraction."""
+    x = x if x > np.float32(-127) else np.float32(-127)
+    x = x if x < np.float32(127) else np.float32(127)
+    return np.int8((x + np.float32(12582912)) - np.float32(12582912))
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _write_int8(cache, scales, new, order, runs, slots, block_size, fixed):
+    """Store ``order[runs[k] : runs[k + 1]]``, the tokens of one block by ascending slot, for all k.
+
+    Tokens from a block's first slot on begin a new scale, others may raise the block's, and what it holds is then
+    rounded again. ``fixed`` keeps all scales. ``scales`` is ``cache`` as float32.
+    """
+    size, place = new.shape[2], scales.shape[2] - 4
+    for run in range(runs.shape[0] - 1):
+        begin, end = runs[run], runs[run + 1]
+        block, held = slots[order[begin]] // block_size, slots[order[begin]] % block_size
+        for head in range(new.shape[1]):
+            scale = scales[block, head, place]
+            if not fixed:
+                old, largest = scale, np.float32(0)
+                for i in range(begin, end):
+                    for d in range(size):
+                        x = abs(new[order[i], head, d])
+                        largest = x if x > largest or x != x else largest  # once NaN, NaN: int8 has none
+                scale = largest / np.float32(127)
+                scale = np.float32(1e-30) if scale < np.float32(1e-30) else scale
+                if held > 0:
+                    scale = old if old > scale or old != old else scale
+                    if scale != old:
+                        for d in range(held * size):
+                            known = np.float32(cache[block, head, d])
+                            cache[block, head, d] = _as_int8(known * (old / scale))
+                scales[block, head, place] = scale
+            for i in range(begin, end):
+                offset = slots[order[i]] % block_size * size
+                for d in range(size):
+                    cache[block, head, offset + d] = _as_int8(new[order[i], head, d] / scale)
 
 
 # --- the implementation ---------------------------------------------------------------------------------------------
@@ -492,20 +267,37 @@ def _view(tensor: torch.Tensor) -> NDArray[Any]:
 
 
 class CPUPagedAttention:
-    """Decode and chunked prefill straight from the blocks, for caches of float32, bfloat16, float16 and float64.
+    """Decode and chunked prefill straight from the blocks, for caches of float32, bfloat16, float16, float64 and int8.
 
     Arithmetic is float64 for a float64 cache and float32 otherwise. Uses as many threads as torch does
-    (``torch.set_num_threads``).
+    (``torch.set_num_threads``). ``split_tokens`` is the length of a piece of context if ``batch_invariant``.
+    ``kv_dtype`` "int8" keeps one byte a channel and a scale for each block and head, or with ``scales`` "head" one for
+    all blocks of a head, set by the first tokens that are written (what is later larger saturates, and NaN is lost).
     """
 
-    axis_order: tuple[str, ...] = ("block", "head", "token", "channel")
-
-    def __init__(self, layout: Layout, **params: Any) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        batch_invariant: bool = False,
+        split_tokens: int = 2048,
+        kv_dtype: str = "model",
+        scales: str = "block",
+        **params: Any,
+    ) -> None:
         block_of = device_functions(layout).numba
         block_of = getattr(block_of, "py_func", block_of)
         code = block_of.__code__
         digest = hashlib.sha256(code.co_code + repr((code.co_consts, code.co_names)).encode()).hexdigest()
         self._batch_loop = _batch_loop(block_of, digest)
+        self.batch_invariant, self.split_tokens = batch_invariant, split_tokens
+        self.scales = scales
+        self.quantised = kv_dtype == "int8"
+        self.axis_order: tuple[str, ...] = ("block", "head", "token", "channel")
+        if self.quantised:
+            self.axis_order = ("block", "head", "byte")
+        self._scaled: set[int] = set()
+        """Addresses of caches whose heads have their scales."""
         _most_threads()
 
     def allocate(
@@ -518,12 +310,33 @@ class CPUPagedAttention:
         dtype: torch.dtype,
         device: torch.device,
     ) -> torch.Tensor:
-        """Return an empty [num_blocks, num_kv_heads, block_size, head_size]."""
-        return torch.empty(num_blocks, num_kv_heads, block_size, head_size, dtype=dtype, device=device)
+        """Return an empty [num_blocks, num_kv_heads, block_size, head_size], or bytes if quantised."""
+        if not self.quantised:
+            return torch.empty(num_blocks, num_kv_heads, block_size, head_size, dtype=dtype, device=device)
+        cache = allocate_bytes(num_blocks, block_size, num_kv_heads, head_size, device, "cpu-paged")
+        self._scaled.discard(cache.data_ptr())
+        return cache
 
     def write(self, cache: torch.Tensor, new: torch.Tensor, batch: AttentionBatch) -> None:
         """Store ``new`` [num_tokens, num_kv_heads, head_size] at ``batch.slots``."""
-        _write(_view(cache), _view(new.to(cache.dtype).contiguous()), batch.slots)
+        if not self.quantised:
+            _write(_view(cache), _view(new.to(cache.dtype).contiguous()), batch.slots)
+            return
+        size = new.shape[2]
+        if cache.shape[-1] != batch.block_size * size + TAIL:
+            raise ConfigError(
+                f"a cache of {cache.shape[-1]} bytes a head is not of {batch.block_size} tokens of {size}"
+            )
+        if not len(new):
+            return
+        fixed = self.scales == "head"
+        if fixed and cache.data_ptr() not in self._scaled:
+            set_head_scales(cache, new, LARGEST_INT8)
+            self._scaled.add(cache.data_ptr())
+        order, runs = runs_of(batch.slots, batch.block_size)
+        numbers = new.detach().float().contiguous().numpy()
+        in_bytes, in_floats = cache.view(torch.int8).numpy(), cache.view(torch.float32).numpy()
+        _write_int8(in_bytes, in_floats, numbers, order, runs, batch.slots, batch.block_size, fixed)
 
     def attend(
         self,
@@ -539,42 +352,78 @@ class CPUPagedAttention:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return [num_tokens, num_heads, value_head_size]; see `pagedlab.kernels.base`."""
-        if alibi_slopes is not None or sinks is not None:
-            lacking = "ALiBi slopes" if alibi_slopes is not None else "attention sinks"
-            raise ConfigError(f"kernel 'cpu-paged' has no {lacking}; 'gather-sdpa' and 'dense' have")
         dtype = key_cache.dtype
-        computed = torch.float64 if dtype == torch.float64 else torch.float32
+        real = computed = torch.float64 if dtype == torch.float64 else torch.float32
         num_tokens, num_heads, size = query.shape
-        _, num_kv_heads, block_size, value_size = value_cache.shape
+        num_kv_heads, block_size, value_size = value_cache.shape[1], batch.block_size, value_cache.shape[-1]
+        if self.quantised:
+            value_size = (value_size - TAIL) // block_size
         if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
             raise ValueError("cpu-paged reads cache tensors by address: they must be contiguous")
+        few = many = tile(dtype)
         if query.dtype == dtype and fits(dtype, size, value_size):
-            computed, tile = dtype, wide_tile(dtype)
-        else:
-            tile = _tile(dtype)
+            computed, many = dtype, wide_tile(dtype)
+            few = many if dtype == torch.bfloat16 else few
         q = query.to(computed).contiguous()
         out = torch.empty(num_tokens, num_heads, value_size, dtype=computed)
         if num_tokens == 0:
             return out.to(query.dtype)
+        group, tail = num_heads // num_kv_heads, TAIL if self.quantised else 0
+        tokens = max(1, ROW_TILE // group)
+        pitches = block_size * size + tail, block_size * value_size + tail
+        shape = _numbers(
+            num_kv_heads, group, size, value_size, block_size, *pitches, sliding_window or 0, tokens
+        )
+        piece = self._piece(batch, max(len(batch.rows), num_tokens // tokens) * num_kv_heads)
+        rows = _partial_rows(batch.query_start, batch.context_lens, shape, piece) if piece else 0
+        partial = torch.empty(rows, value_size + 2, dtype=real)
+        slopes, levels = _by_head(alibi_slopes, q, real), _by_head(sinks, q, real)
+        tensors = [q, key_cache, value_cache, out, partial, slopes, levels]
         launch(
             self._batch_loop,
-            tile.address,
-            q.data_ptr(),
-            key_cache.data_ptr(),
-            value_cache.data_ptr(),
-            out.data_ptr(),
-            num_kv_heads,
-            num_heads // num_kv_heads,
-            size,
-            value_size,
-            block_size,
+            _numbers(few.address, many.address),
+            np.array([0 if x is None else x.data_ptr() for x in tensors], np.int64),
+            shape,
+            _numbers(float(scale), float(soft_cap or 0.0)),
             batch.query_start,
             batch.context_lens,
             batch.rows,
             batch.entries,
             batch.index,
-            float(scale),
-            sliding_window or 0,
-            float(soft_cap or 0.0),
+            piece,
         )
+        if rows:
+            whole = out if computed == real else torch.empty(out.shape, dtype=real)
+            cut = np.zeros(num_tokens, np.bool_)
+            sums = partial.numpy(), whole.numpy(), cut
+            _join(*sums, batch.query_start, batch.context_lens, shape, piece)
+            if whole is not out:
+                out[cut] = whole[cut].to(computed)
         return out if computed == query.dtype else out.to(query.dtype)
+
+    def _piece(self, batch: AttentionBatch, tasks: int) -> int:
+        """Return the keys of a piece where uncut contexts make ``tasks`` tasks; 0 to cut none."""
+        if self.batch_invariant:
+            return self.split_tokens
+        wanted = TASKS_PER_THREAD * torch.get_num_threads()
+        if torch.get_num_threads() == 1 or tasks >= wanted:
+            return 0
+        piece = -(-batch.max_context_len * tasks // wanted)
+        return max(SHORTEST_PIECE, -(-piece // KEY_TILE) * KEY_TILE)
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def _numbers(*numbers: float) -> NDArray[Any]:
+    """The numbers as an array of int64, or of float64 if the first is a float; layers ask for the same ones again."""
+    return np.array(numbers, np.float64 if isinstance(numbers[0], float) else np.int64)
+
+
+def _by_head(numbers: torch.Tensor | None, query: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    if numbers is None:
+        return None
+    if numbers.shape != query.shape[1:2]:
+        raise ConfigError(
+            f"ALiBi slopes and attention sinks are one number for each of {query.shape[1]} query heads, "
+            f"not {tuple(numbers.shape)}"
+        )
+    return numbers.detach().to(dtype).contiguous()

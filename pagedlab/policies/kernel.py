@@ -63,10 +63,28 @@ class GatherSDPA(Kernel):
 
 @register("kernel", "cpu-paged")
 class CPUPaged(Kernel):
-    """Reads keys and values where they lie (Kwon et al. 2023, section 4.3), with an online softmax, on CPU cores."""
+    """Reads keys and values where they lie (Kwon et al. 2023, section 4.3), with an online softmax, on CPU cores.
+
+    Long contexts are cut into pieces where a batch has fewer tasks than the cores can share (Dao et al. 2023).
+    """
 
     implementation = "pagedlab.kernels.cpu:CPUPagedAttention"
     devices = ("cpu",)
+
+    batch_invariant: bool = param(
+        False, help="a sequence's output is the same bits whoever shares its batch, on any number of threads"
+    )
+    split_tokens: int = param(
+        2048, low=16, high=2**20, unit="tokens", help="piece of context a task reads, if batch_invariant"
+    )
+    kv_dtype: str = param(
+        "model",
+        choices=("model", "int8"),
+        help="what the cache holds; int8 halves it or better and changes what is said a little",
+    )
+    scales: str = param(
+        "block", choices=("block", "head"), help="of int8: one for each block and head, or for each head"
+    )
 
 
 @register("kernel", "triton-paged")
@@ -119,7 +137,7 @@ class Auto(Kernel):
 
     def resolve(self, device: str, dtype: str) -> Kernel:
         if device.partition(":")[0] == "cpu":
-            return CPUPaged().resolve(device, dtype)
+            return CPUPaged.from_params({}).resolve(device, dtype)
         if find_spec("triton") is not None and dtype in TritonPaged.dtypes:
             return TritonPaged.from_params({}).resolve(device, dtype)
         return GatherSDPA().resolve(device, dtype)

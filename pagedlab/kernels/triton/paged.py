@@ -21,17 +21,14 @@ from numpy.typing import NDArray
 from pagedlab.errors import ConfigError
 from pagedlab.kernels.base import AttentionBatch
 from pagedlab.kernels.layouts import triton_block_of
+from pagedlab.kernels.scaled import TAIL, allocate_bytes, runs_of, set_head_scales
 from pagedlab.kernels.triton.cache_write import rotate_and_store, store_tokens
 from pagedlab.kernels.triton.decode import decode_splits, reduce_splits
 from pagedlab.kernels.triton.formats import (
     FORMATS,
     LARGEST,
     QUANTISED_CHUNK,
-    TAIL,
-    allocate_bytes,
     format_on,
-    runs_of,
-    set_head_scales,
 )
 from pagedlab.kernels.triton.moves import move_blocks, on
 from pagedlab.kernels.triton.prefill import prefill_tiles
@@ -126,7 +123,7 @@ class TritonPagedAttention:
             )
         if not self.quantised:
             return torch.empty(num_blocks, num_kv_heads, block_size, head_size, dtype=dtype, device=device)
-        cache = allocate_bytes(num_blocks, block_size, num_kv_heads, head_size, device)
+        cache = allocate_bytes(num_blocks, block_size, num_kv_heads, head_size, device, "triton-paged")
         self._scaled.discard(cache.data_ptr())
         return cache
 

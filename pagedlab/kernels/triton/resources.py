@@ -21,8 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pagedlab.errors import ConfigError, nearest
+from pagedlab.kernels.scaled import TAIL
 from pagedlab.kernels.triton import blocks, cache_write, decode, prefill, quantised, tables
-from pagedlab.kernels.triton.formats import FORMATS, QUANTISED_CHUNK, TAIL
+from pagedlab.kernels.triton.formats import FORMATS, QUANTISED_CHUNK
 from pagedlab.kernels.triton.moves import CHUNK
 from pagedlab.kernels.triton.shapes import FUSED, WRITING, Shape
 from pagedlab.policies.kernel import interpreted
