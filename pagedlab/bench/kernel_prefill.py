@@ -2,8 +2,8 @@
 
 A chunk is the last ``query_len`` tokens of each context. SDPA gets contiguous keys and values of one sequence and the
 mask in each way it takes one (booleans, numbers, ``is_causal`` where the chunk is the whole context), with grouped
-heads and with expanded ones, sequence by sequence; ``ratio_sdpa`` compares with the fastest at that point. Contenders
-take turns in random order; a ratio is the median of the rounds' ratios.
+heads and with expanded ones, sequence by sequence and all at once; ``ratio_sdpa`` compares with the fastest at that
+point. Contenders take turns in random order; a ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -70,10 +71,14 @@ def contenders(
     numbers = torch.zeros(query_len, context_len, dtype=dtype).masked_fill(~seen, float("-inf"))
     wide = [x.repeat_interleave(GROUP, dim=1) for x in (keys, values)]
 
-    def dense(k: torch.Tensor, v: torch.Tensor, **options: Any) -> Callable[[], torch.Tensor]:
+    def dense(
+        k: torch.Tensor, v: torch.Tensor, *, at_once: bool, **options: Any
+    ) -> Callable[[], torch.Tensor]:
         q = query.transpose(1, 2)
 
         def run() -> torch.Tensor:
+            if at_once:
+                return sdpa(q, k, v, **options).transpose(1, 2).flatten(0, 1)
             parts = [sdpa(q[s, None], k[s, None], v[s, None], **options) for s in range(num_seqs)]
             return torch.cat([part[0].transpose(0, 1) for part in parts])
 
@@ -82,9 +87,12 @@ def contenders(
     masks: dict[str, dict[str, Any]] = {"booleans": {"attn_mask": seen}, "numbers": {"attn_mask": numbers}}
     if query_len == context_len:
         masks["is_causal"] = {"is_causal": True}
-    for name, mask in masks.items():
-        made[f"sdpa enable_gqa, {name}", "contiguous"] = dense(keys, values, enable_gqa=True, **mask)
-        made[f"sdpa expanded, {name}", "contiguous"] = dense(*wide, **mask)
+    for (name, mask), at_once in product(masks.items(), {True, num_seqs == 1}):
+        how = name if num_seqs == 1 else f"{name}, {'at once' if at_once else 'in turn'}"
+        made[f"sdpa enable_gqa, {how}", "contiguous"] = dense(
+            keys, values, at_once=at_once, enable_gqa=True, **mask
+        )
+        made[f"sdpa expanded, {how}", "contiguous"] = dense(*wide, at_once=at_once, **mask)
 
     def paged(name: str) -> Callable[[], torch.Tensor]:
         layout: Any = make("layout", name)
