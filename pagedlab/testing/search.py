@@ -182,7 +182,7 @@ def _polished(law: str, attempt: Attempt, case: Case, operations: int, longest: 
 
 
 def _simpler(case: Case, operations: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield streams without one or two operations, or with the simplest argument, or a more ordinary operation."""
+    """Yield streams with an operation less, simpler or in another's place, or less around; then with two changed."""
     size, codes = case.size, case.codes
     changes: list[list[int | None]] = []
     for code in codes:
@@ -192,6 +192,13 @@ def _simpler(case: Case, operations: int) -> Iterator[tuple[int, list[int]]]:
     for i, options in enumerate(changes):
         for change in options:
             yield size, _with(codes, {i: change})
+    for length in range(3, len(codes)):
+        for start in range(len(codes) - length + 1):
+            yield size, codes[:start] + codes[start + length :]
+    for at, code in enumerate(codes):
+        for instead in range(1, 1 + 2 * operations):
+            if instead != code:
+                yield size, _with(codes, {at: instead})
     for less in range(1, size):
         yield less, codes
         for i, options in enumerate(changes):
