@@ -302,6 +302,19 @@ def test_victims_are_unprotected_however_few_are_left(name: str) -> None:
     assert policy.victims(12) == order, "asking changes nothing"
 
 
+@pytest.mark.parametrize("small", [0.1, 0.3, 0.5])
+def test_s3_fifo_names_several_as_it_would_give_them_up(small: float) -> None:
+    for length in range(20, 200, 9):
+        cache = Cache(make("eviction", "s3-fifo", small=small), "evict")
+        for key in KEYS[:length]:
+            cache.access(key)
+        named = [b.key for b in cache.policy.victims(len(cache.cached))]
+        cache.gone.clear()
+        while cache.cached:
+            cache.give_up()
+        assert cache.gone == named
+
+
 @pytest.mark.parametrize(
     ("name", "params"),
     [
