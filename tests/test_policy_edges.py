@@ -106,6 +106,18 @@ def test_what_a_policy_shows_of_its_queues_adds_up(name: str, resident: Any) -> 
         assert 0 < shown["gone"] <= shown["S"], "keys of blocks that are gone stand in S"
 
 
+def test_arc_remembers_no_more_than_two_caches() -> None:
+    """Working sets that are used twice and then left fill T2 and B2; those used once fill T1 and B1."""
+    for times in (1, 2, 3):
+        stream = [7 * r + i for r in range(40) for _ in range(times) for i in range(9)]
+        for length in range(20, len(stream), 37):
+            shown = pl.replay(stream[:length], "arc", CAPACITY, semantics="plain", progress=False).stats
+            assert shown["T1"] + shown["B1"] <= CAPACITY
+            assert sum(shown[queue] for queue in ("T1", "T2", "B1", "B2")) <= 2 * CAPACITY
+            assert 0 <= shown["p"] <= CAPACITY
+        assert shown["B1" if times == 1 else "B2"] > 0
+
+
 @pytest.mark.parametrize("name", ["hyperbolic", "lhd"])
 def test_what_a_policy_shows_of_its_counts(name: str) -> None:
     shown = pl.replay(KEYS * 5, name, CAPACITY, semantics="plain", progress=False).stats
@@ -290,6 +302,19 @@ def test_victims_are_unprotected_however_few_are_left(name: str) -> None:
     assert policy.victims(12) == order, "asking changes nothing"
 
 
+@pytest.mark.parametrize("small", [0.1, 0.3, 0.5])
+def test_s3_fifo_names_several_as_it_would_give_them_up(small: float) -> None:
+    for length in range(20, 200, 9):
+        cache = Cache(make("eviction", "s3-fifo", small=small), "evict")
+        for key in KEYS[:length]:
+            cache.access(key)
+        named = [b.key for b in cache.policy.victims(len(cache.cached))]
+        cache.gone.clear()
+        while cache.cached:
+            cache.give_up()
+        assert cache.gone == named
+
+
 @pytest.mark.parametrize(
     ("name", "params"),
     [
@@ -432,6 +457,18 @@ def test_hashes_of_any_size_name_the_blocks_of_the_cache(salt: str | None) -> No
             "a partial hash is no name"
         )
         assert not {*keys([i + 50 for i in ids], tokens, hash_block, 1)[:whole]} & {*one}
+
+
+@pytest.mark.parametrize("name", ["chained-hash", "radix"])
+def test_what_was_never_published_has_no_copy(name: str) -> None:
+    lookup: Any = make("lookup", name)
+    lookup.reset(block_size=2, num_tiers=2)
+    stored, other = (block(i, key=i, parent=(None,), content=(i, i)) for i in range(2))
+    assert lookup.copy_in(other, 1) is None
+    stored.serial = lookup.publish(stored).serial
+    assert lookup.copy_in(other, 0) is None
+    assert lookup.copy_in(stored, 0) is stored
+    assert lookup.copy_in(stored, 1) is None
 
 
 def test_contents_that_collide_keep_an_identity_each() -> None:

@@ -346,6 +346,16 @@ def test_workload_aware_counts_time_from_the_last_use() -> None:
     assert order.index(3000) < order.index(3001)
 
 
+def test_workload_aware_lets_observations_fade_alike() -> None:
+    """Halved together, they say the same of waits and of shares as before."""
+    tier = Tier(make("eviction", "workload-aware", window=8), 12)
+    for i in range(8):
+        tier.ask(1, at=3 * i, request_class="loop")
+    reuse = tier.policy.stats()["reuse of loop"]
+    assert reuse["mean wait (s)"] == pytest.approx(3.0)
+    assert reuse["share"] == pytest.approx(7 / 8)
+
+
 def test_workload_aware_tells_so_many_classes_apart() -> None:
     tier = Tier(make("eviction", "workload-aware", max_classes=2), 40)
     for i, name in enumerate(("a", "b", "c", "d", None)):
