@@ -619,6 +619,17 @@ def test_samples_stand_behind_the_one_they_part_from() -> None:
     ]
 
 
+@pytest.mark.parametrize("length", [11, 12, 13])
+def test_a_prompt_leaves_room_for_one_token_of_output(length: int) -> None:
+    engine = Engine(Config(max_model_len=12, block_size=4), StubExecutor(), clock=StepClock())
+    engine.add(Request(request_id="a", prompt=[1] * length, sampling=SamplingParams(max_tokens=5)))
+    engine.run()
+    (seq,) = engine.finished
+    assert (seq.finish_reason, len(seq.output)) == (("length", 1) if length == 11 else ("refused", 0))
+    if length > 11:
+        assert f"{length + 1} tokens" in (seq.error or "")
+
+
 def test_the_future_is_known_only_where_that_is_said() -> None:
     with pytest.raises(ConfigError, match="oracle"):
         Engine(Config(prefetch="oracle", swap="host"), StubExecutor(), clock=StepClock())
