@@ -39,7 +39,11 @@ PACKAGES: dict[str, dict[str, Any]] = {
         "but": ["pagedlab/cache/replay.py"],
         "tests": ["pool", "accounting", "allocators", "cache_machine", "gaps", "events", "tenants"],
     },
-    "replay": {"only": ["pagedlab/cache/replay.py"], "tests": ["replay"]},
+    "replay": {
+        "only": ["pagedlab/cache/replay.py"],
+        "tests": ["replay"],
+        "skip": "mooncake_as_others or streams_as_others or processes",
+    },
     "policies": {
         "only": ["pagedlab/policies/*.py"],
         "tests": [
