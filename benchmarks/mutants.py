@@ -41,7 +41,7 @@ PACKAGES: dict[str, dict[str, Any]] = {
     },
     "replay": {
         "only": ["pagedlab/cache/replay.py"],
-        "tests": ["replay"],
+        "tests": ["replay", "replay_loops", "tenants::test_a_reserved_share_is_a_tier_of_its_own"],
         "skip": "mooncake_as_others or streams_as_others or processes",
     },
     "policies": {

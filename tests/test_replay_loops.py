@@ -130,6 +130,13 @@ def test_accesses_that_have_nothing_to_do_with_each_other_have_no_parents(way: C
     assert inserted == [("insert", key, None, 0, 0, 1) for key in (4, 5, 6)]
 
 
+@pytest.mark.parametrize("way", [plain, prefix])
+def test_every_hit_is_counted(way: Callable[..., Any]) -> None:
+    policy = Witness()
+    assert replayed(way, policy, 3, [Wanted([4])] * 4) == [0, 1, 1, 1]
+    assert [heard[4] for heard in policy.heard if heard[0] == "hit"] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("tail_first", [False, True])
 def test_what_is_heard_of_accesses_one_by_one(tail_first: bool) -> None:
     policy = Witness()
