@@ -607,16 +607,23 @@ def test_a_sample_begins_with_what_there_is() -> None:
 
 def test_samples_stand_behind_the_one_they_part_from() -> None:
     engine = Engine(Config(), StubExecutor(), clock=StepClock())
-    for name, n in (("a", 3), ("b", 1)):
+    for name, n in (("a", 1), ("b", 3), ("c", 1)):
         sampling = SamplingParams(max_tokens=4, n=n, ignore_eos=True)
         engine.add(Request(request_id=name, prompt=[1, 2, 3], sampling=sampling))
     engine.step()
-    assert [(s.request_id, s.sample_index) for s in engine.running] == [
-        ("a", 0),
-        ("a", 1),
-        ("a", 2),
-        ("b", 0),
-    ]
+    running = [(s.request_id, s.sample_index) for s in engine.running]
+    assert running == [("a", 0), ("b", 0), ("b", 1), ("b", 2), ("c", 0)]
+
+
+@pytest.mark.parametrize("length", [11, 12, 13])
+def test_a_prompt_leaves_room_for_one_token_of_output(length: int) -> None:
+    engine = Engine(Config(max_model_len=12, block_size=4), StubExecutor(), clock=StepClock())
+    engine.add(Request(request_id="a", prompt=[1] * length, sampling=SamplingParams(max_tokens=5)))
+    engine.run()
+    (seq,) = engine.finished
+    assert (seq.finish_reason, len(seq.output)) == (("length", 1) if length == 11 else ("refused", 0))
+    if length > 11:
+        assert f"{length + 1} tokens" in (seq.error or "")
 
 
 def test_the_future_is_known_only_where_that_is_said() -> None:
