@@ -15,11 +15,13 @@ _OTHERS = ("#E69F00", "#56B4E9", "#000000", "#0072B2", "#D55E00")
 _MARKERS = "osD^vP"
 _BAND = "#BBBBBB"
 _PEERS = {
-    "cpu-paged": "#0072B2", "sdpa": "#D55E00", "copy": "#777777", "gather-sdpa": "#CC79A7", "flex_attention": "#E69F00",
+    "cpu-paged": "#0072B2", "sdpa": "#D55E00", "copy": "#777777", "gather-sdpa": "#CC79A7",
+    "gather-batch": "#56B4E9", "flex_attention": "#E69F00",
 }  # fmt: skip
 _NAMES = {
     "cpu-paged": "paged, best layout and block size", "sdpa": "fastest dense", "copy": "copy, read and written",
-    "gather-sdpa": "gather + SDPA", "flex_attention": "flex_attention, paged",
+    "gather-sdpa": "gather + SDPA", "gather-batch": "gather + SDPA, batch at once",
+    "flex_attention": "flex_attention, paged",
 }  # fmt: skip
 _PLAIN = FuncFormatter(lambda x, _: f"{x:g}")
 FIGURE_18A = (1.20, 1.26)

@@ -158,6 +158,10 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "decode_16x1024_dense": (statistics.median, [row["ratio_dense"] for row in main_point]),
             "decode_16x1024_copy": (statistics.median, [row["ratio_copy"] for row in main_point]),
             "decode_16x1024_gather": (statistics.median, [row["ratio_gather"] for row in main_point]),
+            "decode_16x1024_gather_batch": (
+                statistics.median,
+                [row["ratio_gather_batch"] for row in main_point],
+            ),
             "prefill_sdpa_least": (min, [row["ratio_sdpa"] for row in mine if row["phase"] == "prefill"]),
             "threads_alone": (min, [row["ratio_alone"] for row in mine if row["phase"] == "threads"]),
         }

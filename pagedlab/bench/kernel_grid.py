@@ -6,8 +6,9 @@ compares with the fastest of them at that point) and with a copy (``ratio_copy``
 rounds' ratios. ``gb_per_s`` counts keys and values (for the copy: bytes read plus written) at the median time.
 
 Beside them, on some points (`pagedlab.bench.kernel_peers`): `gather-sdpa`, which copies each context together first
-(``ratio_gather`` compares with it), torch's compiled flex_attention over a paged cache, and `cpu-paged` over a cache of
-one byte a channel (dtype int8; ``ratio_dense`` still compares with dense attention over the dtype of the point).
+(``ratio_gather`` compares with it; ``ratio_gather_batch`` with copying the whole batch's at once), torch's compiled
+flex_attention over a paged cache, and `cpu-paged` over a cache of one byte a channel (dtype int8; ``ratio_dense`` still
+compares with dense attention over the dtype of the point).
 
 Cold: each call reads the next stretch of a pool that is larger than the last-level cache. Warm (columns ``_warm``):
 each call is timed right after another on the same stretch; None where a stretch is larger than ``warm_bytes``.
@@ -37,7 +38,7 @@ from pagedlab.bench.kernel import (
     dense_forms,
     threads_of,
 )  # fmt: skip
-from pagedlab.bench.kernel_peers import PAGE, flex_form, gather_form, int8_form
+from pagedlab.bench.kernel_peers import PAGE, flex_form, gather_batch_form, gather_form, int8_form
 from pagedlab.errors import ConfigError
 from pagedlab.kernels.cpu import CPUPagedAttention
 from pagedlab.policies.layout import Padded
@@ -77,7 +78,7 @@ def contenders(
 ) -> dict[Key, Form]:
     """Return what runs at one point, by kernel, layout, block size and how the blocks lie.
 
-    ``peers`` adds `gather-sdpa` and a cache of int8, which goes round through about ``pool_bytes`` of its own.
+    ``peers`` adds gather + SDPA in both forms and a cache of int8, which goes round through about ``pool_bytes``.
     """
     query = torch.randn(num_seqs, NUM_HEADS, HEAD_SIZE, generator=rng).to(dtype)
     target = torch.empty(num_seqs, NUM_KV_HEADS, context_len, HEAD_SIZE, dtype=dtype)
@@ -97,8 +98,9 @@ def contenders(
         forms["cpu-paged", name, block_size, order] = paged(name, block_size, order)
     if peers:
         key, tokens = (PEER_LAYOUT, PEER_BLOCK_SIZE, "random"), (context_len, PEER_BLOCK_SIZE)
-        gather, int8 = Padded(), Padded()
+        gather, batched, int8 = Padded(), Padded(), Padded()
         forms["gather-sdpa", *key] = gather_form(query, gather, *tokens, rng)
+        forms["gather-batch", *key] = gather_batch_form(query, batched, *tokens, rng)
         forms["cpu-paged int8", *key] = int8_form(query, int8, *tokens, rng, pool_bytes)
     return forms
 
@@ -276,7 +278,10 @@ def _rows(
     """Yield a row for each contender from the seconds of its calls; the i-th calls of all belong to one round."""
     copy = cold["copy", "contiguous", None, None]
     dense, dense_warm = _fastest_dense(cold), _fastest_dense(warm)
-    gather = cold.get(("gather-sdpa", PEER_LAYOUT, PEER_BLOCK_SIZE, "random"))
+    gather, batched = (
+        cold.get((kernel, PEER_LAYOUT, PEER_BLOCK_SIZE, "random"))
+        for kernel in ("gather-sdpa", "gather-batch")
+    )
     for key, times in cold.items():
         kernel, layout, block_size, order = key
         again, read = warm[key], nbytes
@@ -293,6 +298,7 @@ def _rows(
             "ratio_dense": _ratio(dense, times),
             "ratio_copy": _ratio(copy, times) * read / nbytes,
             "ratio_gather": _ratio(gather, times) if gather else None,
+            "ratio_gather_batch": _ratio(batched, times) if batched else None,
             "gb_per_s_warm": read / statistics.median(again) / 1e9 if again else None,
             "ratio_dense_warm": _ratio(dense_warm, again) if again else None,
             "calls": len(times),

@@ -1,5 +1,8 @@
 """Who else reads a paged cache on a CPU, beside dense attention: gather + SDPA, flex_attention, a cache of int8.
 
+Gather + SDPA comes in two forms: kernel `gather-sdpa` goes sequence by sequence, so that what was gathered is still in
+the caches when it is read, and is the faster; ``gather-batch`` gathers the whole batch at once.
+
 Each is a contender of `pagedlab.bench.kernel_grid`: a function of keys and values in one piece of memory, which it
 takes for blocks in random order.
 """
@@ -11,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from pagedlab.bench.kernel import HEAD_SIZE, NUM_KV_HEADS, SCALE, decode_batch
 from pagedlab.kernels.cpu import CPUPagedAttention
@@ -31,6 +35,21 @@ def gather_form(
     shape = (len(query) * context_len // block_size, block_size, NUM_KV_HEADS, HEAD_SIZE)
     attention = GatherSDPA(layout)
     return lambda k, v: attention.attend(query, k.view(shape), v.view(shape), batch, scale=SCALE)
+
+
+def gather_batch_form(
+    query: torch.Tensor, layout: Layout, context_len: int, block_size: int, rng: torch.Generator
+) -> Form:
+    """Gather + SDPA as it is mostly written: the contexts of the whole batch copied at once, then one grouped call."""
+    batch = decode_batch(layout, len(query), context_len, block_size, rng)
+    shape = (len(query) * context_len // block_size, block_size, NUM_KV_HEADS, HEAD_SIZE)
+    tables = torch.tensor([layout.decode(int(row)) for row in batch.rows])
+    alone = query[:, :, None]
+
+    def together(x: torch.Tensor) -> torch.Tensor:
+        return x.view(shape)[tables].flatten(1, 2).transpose(1, 2)
+
+    return lambda k, v: sdpa(alone, together(k), together(v), scale=SCALE, enable_gqa=True)
 
 
 def int8_form(

@@ -241,7 +241,6 @@ class KVCache(Tiers):
             return False
         if self.scattered:
             self.better_match = True
-        before = self._within(table)
         if copy:
             new, old = taken.pop(), blocks[at]
             self.moves.append(Move(DEVICE, old.index, DEVICE, new.index))
@@ -249,10 +248,12 @@ class KVCache(Tiers):
             table.replace(at, new)
             self.events.record(ev.BLOCKS_COPIED, table.seq_id, (old.index, new.index))
         if taken:
+            unfilled = table.final_len - len(blocks) * size
+            if unfilled > 0:
+                self._promised += min(extra * size, unfilled)
             blocks += taken
             if self.events.enabled:
                 self.events.record(ev.BLOCKS_ALLOCATED, table.seq_id, [b.index for b in taken])
-        self._promised += self._within(table) - before
         return True
 
     def fork(self, parent: BlockTable, child: BlockTable) -> None:
@@ -285,12 +286,11 @@ class KVCache(Tiers):
 
     def _publish(self, table: BlockTable, full: int) -> None:
         first, prefix = table.num_published, table.prefix
-        keys = prefix.keys(full)[first:full]
+        keys, contents = prefix.named(first, full)
         origin, now, device = table.origin, self.events.time, self.device
         blocks = table.blocks[first:full]
         parent_key = first_parent = table.parent_key
         born = device.next_store()
-        contents = prefix.contents(full)[first:full]
         for block, key, content, depth in zip(blocks, keys, contents, self._depths(first, full)):
             block.parent_key = parent_key
             block.key = parent_key = key

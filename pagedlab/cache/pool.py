@@ -110,7 +110,9 @@ class BlockPool:
                 return None
             self._evict_for(origin, n, protected)
         elif short > 0:
-            if not self.has_room(n, protected, contiguous=contiguous):
+            if short > self.num_cached or (
+                (protected or contiguous) and not self.has_room(n, protected, contiguous=contiguous)
+            ):
                 return None
             self._evict(short, protected)
         indices = allocator.allocate(n, after)
@@ -169,8 +171,8 @@ class BlockPool:
         indices = [b.index for b in victims if b.key is not None and not b.ref_count]
         if (
             len(indices) != n
-            or (n > 1 and len(set(indices)) != n)
-            or (protected and set(protected) & set(victims))
+            or (n > 1 and len(set(victims)) != n)
+            or (protected and not set(victims).isdisjoint(protected))
         ):
             raise self._illegal(victims, n, protected)
         self._on_evict(victims)

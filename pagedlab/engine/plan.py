@@ -59,6 +59,8 @@ class Queue(ReadOnly[Sequence]):
 class Plan:
     """One step in the making, as the scheduler sees it (`pagedlab.policies.scheduler.Step`)."""
 
+    __slots__ = ("_engine", "_queue", "admitted", "budget", "entries", "lost", "running")
+
     def __init__(self, engine: Seats) -> None:
         self._engine = engine
         self.running: ReadOnly[Sequence] = tuple(engine.undecided if engine.steady else engine.running)

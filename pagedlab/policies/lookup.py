@@ -74,6 +74,10 @@ class Prefix:
         self.keys(num_blocks)
         return self._contents
 
+    def named(self, first: int, last: int) -> tuple[list[int], list[Hashable]]:
+        """Return hashes and token ids of the full blocks ``first`` to ``last`` (exclusive)."""
+        return self.keys(last)[first:last], self._contents[first:last]
+
     def forget(self) -> None:
         """Let go of all that can be computed again: nobody will ask soon."""
         self._keys, self._contents, self.found = [], [], None
