@@ -310,7 +310,8 @@ class Engine(Seats):
                 if seq.status is Status.WAITING:
                     self.waiting.append(seq)
                     self._stands = False
-                    self.events.record(ev.REQUEST_ARRIVED, seq.seq_id, detail=seq.request_id)
+                    if self.events.enabled:
+                        self.events.record(ev.REQUEST_ARRIVED, seq.seq_id, detail=seq.request_id)
                     if self.prefetching is not None:
                         self.prefetching.arrived(seq)
 

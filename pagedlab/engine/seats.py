@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from operator import attrgetter
 
 from pagedlab import events as ev
 from pagedlab.cache.accounting import Memory
@@ -29,6 +30,8 @@ from pagedlab.policies.bounds import refuse_future
 from pagedlab.policies.lookup import NO_MATCH, Match
 from pagedlab.policies.prefetch import Fate
 from pagedlab.policies.prompt import HashedTokens
+
+_AGE = attrgetter("age")
 
 
 class Seats:
@@ -176,7 +179,8 @@ class Seats:
             seq.hit_tokens = match.num_tokens
             self.totals.hit_tokens += match.num_tokens
             self.totals.prompt_tokens += seq.prompt_len
-            self.events.record(ev.REQUEST_ADMITTED, seq.seq_id, detail=seq.request_id)
+            if self.events.enabled:
+                self.events.record(ev.REQUEST_ADMITTED, seq.seq_id, detail=seq.request_id)
         return n
 
     def _refuse_for_now(self, seq: Sequence, match: Match) -> int:
@@ -195,7 +199,7 @@ class Seats:
         """Grow a running sequence, at others' cost if need be; False if it was preempted itself."""
         while not self.cache.grow(seq.table, num_tokens):
             self._stands = False
-            oldest = min(self.running, key=lambda s: (s.group.order, s.sample_index))
+            oldest = min(self.running, key=_AGE)
             candidates = [s for s in self.running if s is not oldest]
             if not candidates:
                 if self.leaving:

@@ -45,6 +45,7 @@ class Sequence:
 
     __slots__ = (
         "admitted_at",
+        "age",
         "decoders",
         "ends_at",
         "error",
@@ -83,6 +84,8 @@ class Sequence:
         self.seq_id = seq_id
         self.group = group
         self.sample_index = sample_index
+        self.age = group.order, sample_index
+        """The lower, the earlier it came."""
         self.tokens = tokens
         """Prompt and output so far (while it decodes by a script: as far as its table counts)."""
         self.prompt_len = len(request.prompt)

@@ -133,7 +133,10 @@ def decoding(step: Step) -> Decision:
     """The decision stands if everyone decodes: whoever waits has just been refused, and is asked about again when a
     sequence has left or joined.
     """
-    return UNTIL_EVENT if all(s.remaining == 1 for s in step.running) else None
+    for sequence in step.running:
+        if sequence.remaining != 1:
+            return None
+    return UNTIL_EVENT
 
 
 @register("scheduler", "static-batch")
@@ -152,7 +155,7 @@ class StaticBatch(Scheduler):
             return None
         for sequence in step.running:
             step.grant(sequence, sequence.remaining, whole=True)
-        return UNTIL_EVENT if all(s.remaining == 1 for s in step.running) else None
+        return decoding(step)
 
 
 @register("scheduler", "iteration-level")
