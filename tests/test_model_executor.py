@@ -27,7 +27,7 @@ NEAR_TIE = 1e-9
 BLOCK = 4
 
 
-def eager64(module, query, key, value, attention_mask, scaling=None, softcap=None, **_):
+def eager64(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **_):
     """Eager attention by the book, all in the dtype of its inputs (transformers' own rounds the softmax to float32)."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     group = query.shape[1] // key.shape[1]
@@ -36,7 +36,10 @@ def eager64(module, query, key, value, attention_mask, scaling=None, softcap=Non
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
         scores = scores + attention_mask
-    return (scores.softmax(-1) @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), None
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
+    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("eager64", eager64)
@@ -88,6 +91,7 @@ CONFIGS = {
     "Starcoder2": COMMON,
     "Mixtral": {**COMMON, **MOE, "num_local_experts": 4, "sliding_window": None},
     "Qwen3Moe": {**COMMON, **MOE, "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
+    "GptOss": {**COMMON, **MOE, "num_local_experts": 4, "head_dim": 16, "sliding_window": 9},
 }
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from pagedlab.errors import ConfigError, ModelNotServed
 from pagedlab.executors.loading import load_model
+from pagedlab.executors.probe import paged_attention
 
 TINY = {
     "vocab_size": 64,
@@ -164,10 +165,6 @@ REFUSED = {
         "attention interface",
         {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "vocab_size": 64},
     ),
-    "GptOss": (
-        "s_aux",
-        {**TINY, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "num_key_value_heads": 2},
-    ),
     "Lfm2": ("conv", {**TINY, "layer_types": ["conv", "full_attention"]}),
     "StableLm": ("pass arguments on", {**TINY, "num_key_value_heads": 4}),
     "Bert": ("", {**TINY, "is_decoder": False}),
@@ -185,6 +182,12 @@ def test_what_cannot_be_served_is_refused_by_name(name):
     assert reason in message
     assert config.model_type in message.lower() or name.lower() in message.lower()
     assert model.config._attn_implementation == before
+
+
+def test_what_attention_is_asked_for_besides_is_refused_by_name():
+    x = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(ModelNotServed, match="Linear asks its attention for 'position_bias'"):
+        paged_attention(torch.nn.Linear(1, 1), x, x, x, None, paged=object(), position_bias=torch.ones(3, 3))
 
 
 def test_a_base_model_has_no_head(tmp_path):

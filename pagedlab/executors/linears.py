@@ -174,7 +174,7 @@ class FastPath:
         taken: dict[nn.Module, _RotaryAttention] = {}
         for module, layer in layers.items():
             parts = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-            if module not in calls or any(part not in packed for part in parts):
+            if layer.sinks or module not in calls or any(part not in packed for part in parts):
                 continue
             first = packed[parts[0]]  # type: ignore[index]
             if not isinstance(first, _Sibling) or first.group.members != parts[:3]:

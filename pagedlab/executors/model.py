@@ -345,6 +345,7 @@ class _PagedStep:
         scale: float,
         sliding_window: int | None,
         soft_cap: float | None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         key_cache, value_cache = self.caches[module]
         if key is not None and value is not None:
@@ -358,6 +359,7 @@ class _PagedStep:
             scale=scale,
             sliding_window=sliding_window,
             soft_cap=soft_cap,
+            **({} if sinks is None else {"sinks": sinks}),
         )
 
     def place(self, module: torch.nn.Module, dtype: torch.dtype) -> Place | None:

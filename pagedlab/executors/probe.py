@@ -69,10 +69,12 @@ class AttentionSink(Protocol):
         scale: float,
         sliding_window: int | None,
         soft_cap: float | None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return [num_tokens, num_heads, value_size] for contiguous query, key, value [num_tokens, heads, size].
 
-        ``key`` and ``value`` are None if they are where `place` said already.
+        ``key`` and ``value`` are None if they are where `place` said already. ``sinks`` [num_heads] as in
+        `pagedlab.kernels.base.PagedAttention.attend`.
         """
 
     def place(self, module: torch.nn.Module, dtype: torch.dtype) -> Place | None:
@@ -90,6 +92,7 @@ def paged_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     paged: AttentionSink | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -109,7 +112,8 @@ def paged_attention(
     # [1, heads, tokens, size] -> [tokens, heads, size]; models build the former from the latter, so that this is mostly
     # a view.
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    return paged.attend(module, q, k, v, scale, sliding_window, softcap)[None], None
+    sinks = None if s_aux is None else s_aux.detach().flatten()
+    return paged.attend(module, q, k, v, scale, sliding_window, softcap, sinks)[None], None
 
 
 AttentionInterface.register(ATTENTION, paged_attention)
@@ -126,6 +130,7 @@ class AttentionLayer:
     scale: float
     sliding_window: int | None
     soft_cap: float | None
+    sinks: bool = False
 
 
 @contextlib.contextmanager
@@ -159,6 +164,7 @@ class _Probe:
         scale: float,
         sliding_window: int | None,
         soft_cap: float | None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert key is not None
         assert value is not None
@@ -166,7 +172,14 @@ class _Probe:
         if getattr(module, "is_causal", True) is False:
             raise ModelNotServed(f"{type(module).__name__} attends in both directions; a causal LM is needed")
         self.layers[module] = AttentionLayer(
-            query.shape[1], key.shape[1], key.shape[2], value.shape[2], scale, sliding_window, soft_cap
+            num_heads=query.shape[1],
+            num_kv_heads=key.shape[1],
+            key_size=key.shape[2],
+            value_size=value.shape[2],
+            scale=scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            sinks=sinks is not None,
         )
         group = query.shape[1] // key.shape[1]
         out = []
@@ -179,7 +192,11 @@ class _Probe:
             seen = at[None, :] <= at[:, None]
             if sliding_window is not None:
                 seen &= at[None, :] > at[:, None] - sliding_window
-            weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+            scores = scores.masked_fill(~seen, -math.inf)
+            if sinks is not None:
+                level = sinks.to(scores.dtype)[:, None, None].expand(-1, q.shape[1], 1)
+                scores = torch.cat([scores, level], dim=-1)
+            weights = scores.softmax(-1)[..., : q.shape[1]]
             out.append((weights @ v.repeat_interleave(group, 0)).transpose(0, 1))
         return torch.cat(out)
 
