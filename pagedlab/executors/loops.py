@@ -32,6 +32,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
+from pagedlab.kernels.avx512 import PAIRS
 from pagedlab.kernels.cpu import launch
 
 _KINDS: dict[torch.dtype, Any] = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0)}
@@ -276,22 +277,6 @@ NORM, PRODUCT, GATED, ROTATE = range(4)
 FIELDS = 20
 
 
-class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite does not know."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-_PAIRS = ir.VectorType(_BFloat(), 32)
-
-
 def _tile_of(rows: int) -> Any:
     """Return the inner loop for ``rows`` rows: ``out[r, c] = sum over words of x[r] * panel[c]``, out [rows, PANEL]."""
 
@@ -304,7 +289,7 @@ def _tile_of(rows: int) -> Any:
             i64, i32, f32 = ir.IntType(64), ir.IntType(32), ir.FloatType()
             whole = _WORDS if paired else _VECTOR
             if paired:
-                kind = ir.FunctionType(_VECTOR, [_VECTOR, _PAIRS, _PAIRS])
+                kind = ir.FunctionType(_VECTOR, [_VECTOR, PAIRS, PAIRS])
                 add = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
             else:
                 kind = ir.FunctionType(_VECTOR, [_VECTOR, _VECTOR, _VECTOR])
@@ -326,7 +311,7 @@ def _tile_of(rows: int) -> Any:
             for v in range(3):
                 column = b.load(b.inttoptr(b.add(at, i64(64 * v)), whole.as_pointer()))
                 column.align = 64
-                columns.append(b.bitcast(column, _PAIRS) if paired else column)
+                columns.append(b.bitcast(column, PAIRS) if paired else column)
                 ahead = b.inttoptr(b.add(at, i64(64 * v + _AHEAD)), cgutils.voidptr_t)
                 b.call(prefetch, [ahead, i32(0), i32(2), i32(1)])
             added = []
@@ -336,7 +321,7 @@ def _tile_of(rows: int) -> Any:
                 spread = b.insert_element(ir.Constant(whole, ir.Undefined), word, i32(0))
                 lanes = ir.Constant(_WORDS, [i32(0)] * 16)
                 spread = b.shuffle_vector(spread, ir.Constant(whole, ir.Undefined), lanes)
-                spread = b.bitcast(spread, _PAIRS) if paired else spread
+                spread = b.bitcast(spread, PAIRS) if paired else spread
                 row = sums[len(added)]
                 if paired:
                     added.append([b.call(add, [s, spread, c]) for s, c in zip(row, columns, strict=True)])

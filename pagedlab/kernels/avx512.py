@@ -61,7 +61,8 @@ class _BFloat(ir.Type):
         return hash(_BFloat)
 
 
-_PAIRS = ir.VectorType(_BFloat(), 32)
+PAIRS = ir.VectorType(_BFloat(), 32)
+"""A register of 16 pairs of bfloat16, whose products AVX-512 adds in float32."""
 
 
 def _function(b, result, arguments, name):
@@ -174,19 +175,19 @@ def _score_rows(rows):
             query, stride, keys, words, out, _ = args
             starts = [b.add(query, b.mul(stride, _I64(r))) for r in range(rows)]
             if paired:
-                add = _function(b, _FLOATS, [_FLOATS, _PAIRS, _PAIRS], "llvm.x86.avx512bf16.dpbf16ps.512")
+                add = _function(b, _FLOATS, [_FLOATS, PAIRS, PAIRS], "llvm.x86.avx512bf16.dpbf16ps.512")
             else:
                 add = _function(b, _FLOATS, [_FLOATS, _FLOATS, _FLOATS], "llvm.fma.v16f32")
 
             def body(i, sums):
                 line = b.add(keys, b.mul(i, _I64(4 * KEYS)))
                 columns = [_load(b, b.add(line, _I64(64 * v)), _WORDS) for v in range(4)]
-                columns = [b.bitcast(c, _PAIRS if paired else _FLOATS) for c in columns]
+                columns = [b.bitcast(c, PAIRS if paired else _FLOATS) for c in columns]
                 new = []
                 for r in range(rows):
                     word = _load(b, b.add(starts[r], b.mul(i, _I64(4))), _I32 if paired else _F32)
                     word = _spread(b, word)
-                    word = b.bitcast(word, _PAIRS) if paired else word
+                    word = b.bitcast(word, PAIRS) if paired else word
                     for v in range(4):
                         s = sums[4 * r + v]
                         new.append(b.call(add, [s, word, columns[v]] if paired else [word, columns[v], s]))
