@@ -37,6 +37,17 @@ def machine_with(**changes: Any) -> CacheMachine:
     return machine
 
 
+def cache_with(num_blocks: int, **changes: Any) -> KVCache:
+    values: dict[str, Any] = {
+        "block_size": 1,
+        "allocator": make("allocator", "fifo"),
+        "lookup": make("lookup", "chained-hash"),
+        "eviction": make("eviction", "lru"),
+        "swap": make("swap", "drop"),
+    }
+    return KVCache(num_blocks=num_blocks, **values | changes)
+
+
 def computed(machine: CacheMachine, tokens: list[int], claim: int | None = None) -> Held:
     held = machine.hold(tokens, claim=len(tokens) if claim is None else claim)
     machine.step([(held, len(held.tokens) - held.table.num_tokens)])
@@ -345,11 +356,8 @@ def test_who_comes_back_leaves_what_is_to_be_spared(spare: int) -> None:
 
 def test_who_comes_back_takes_nothing_from_a_reserved_share() -> None:
     """Two of tenant b's blocks are kept for it; a has blocks of its own that can go."""
-    cache = KVCache(
+    cache = cache_with(
         num_blocks=4,
-        block_size=1,
-        allocator=make("allocator", "fifo"),
-        lookup=make("lookup", "chained-hash"),
         eviction=make("eviction", "quota", shares="a=0.5,b=0.5", reserved=True),
         swap=make("swap", "host"),
         host_blocks=4,
@@ -410,12 +418,8 @@ class Colliding(Prefix):
 
 
 def test_equal_keys_of_unequal_contents_cost_a_hit_and_mix_nothing() -> None:
-    cache = KVCache(
+    cache = cache_with(
         num_blocks=2,
-        block_size=1,
-        allocator=make("allocator", "fifo"),
-        lookup=make("lookup", "chained-hash"),
-        eviction=make("eviction", "lru"),
         swap=make("swap", "host"),
         host_blocks=4,
     )
@@ -461,13 +465,10 @@ class Hinted(ChainedHash):
 def test_a_lookup_hears_of_those_who_will_be_back() -> None:
     """With what they give up, as far as it can be found again."""
     lookup = Hinted()
-    cache = KVCache(
+    cache = cache_with(
         num_blocks=8,
         block_size=2,
-        allocator=make("allocator", "fifo"),
         lookup=lookup,
-        eviction=make("eviction", "lru"),
-        swap=make("swap", "drop"),
     )
     tables = [BlockTable(i, Prefix([1, 2, 3, 4, 5, 6, i], 2, None), 8) for i in range(2)]
     for table in tables:
@@ -487,12 +488,8 @@ def test_a_lookup_hears_of_those_who_will_be_back() -> None:
 
 def test_there_are_as_many_tiers_as_were_asked_for() -> None:
     def cache(**sizes: int) -> KVCache:
-        return KVCache(
+        return cache_with(
             num_blocks=2,
-            block_size=1,
-            allocator=make("allocator", "fifo"),
-            lookup=make("lookup", "chained-hash"),
-            eviction=make("eviction", "lru"),
             swap=make("swap", "disk"),
             **sizes,
         )
@@ -544,13 +541,10 @@ def test_who_is_kept_out_by_pieces_and_who_by_lack_of_room(more: int) -> None:
 
 def test_a_run_within_a_share_is_refused_where_others_have_theirs() -> None:
     """What is reserved for one tenant lies in the middle of the only run that another could have."""
-    cache = KVCache(
+    cache = cache_with(
         num_blocks=5,
-        block_size=1,
         allocator=make("allocator", "first-fit"),
-        lookup=make("lookup", "chained-hash"),
         eviction=make("eviction", "quota", shares="a=0.2,b=0.8", reserved=True),
-        swap=make("swap", "drop"),
     )
     tables = [BlockTable(i, Prefix([i], 1, "bbabb"[i]), 1) for i in range(5)]
     for table in tables:
@@ -676,12 +670,8 @@ def test_a_place_that_was_taken_twice_is_the_last_ones() -> None:
 
 @pytest.mark.parametrize("known", [False, True])
 def test_children_are_known_where_that_was_asked_for(known: bool) -> None:
-    cache = KVCache(
+    cache = cache_with(
         num_blocks=2,
-        block_size=1,
-        allocator=make("allocator", "fifo"),
-        lookup=make("lookup", "chained-hash"),
-        eviction=make("eviction", "lru"),
         swap=make("swap", "host"),
         host_blocks=4,
         **({"knows_children": True} if known else {}),
