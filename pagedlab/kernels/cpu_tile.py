@@ -88,7 +88,7 @@ def _itemsize(typingctx, pointer):
 
 
 @intrinsic
-def _scratch(typingctx, count, like):
+def scratch(typingctx, count, like):
     """Pointer to ``count`` numbers of ``like``'s type on this function's stack.
 
     The stack rather than an array: LLVM then knows that stores to it change no key and no value, and vectorises.
@@ -297,9 +297,9 @@ def _attend_tile(
     zero = _like(0.0, query)
     rows = count * group
     pairs = rows + rows % 2
-    q, acc = _scratch(pairs * size, scale), _scratch(pairs * value_size, scale)
-    p = _scratch(pairs * KEY_TILE, scale)
-    top, total = _scratch(rows, scale), _scratch(rows, scale)
+    q, acc = scratch(pairs * size, scale), scratch(pairs * value_size, scale)
+    p = scratch(pairs * KEY_TILE, scale)
+    top, total = scratch(rows, scale), scratch(rows, scale)
     sink = _given(sinks) and end == position + count
     for r in range(rows):
         top[r], total[r] = -np.inf, zero

@@ -45,23 +45,11 @@ from pagedlab.kernels.avx512 import (
     score_6,
     turn_16,
 )  # fmt: skip
-from pagedlab.kernels.cpu_tile import task_signature
+from pagedlab.kernels.cpu_tile import scratch, task_signature
 
 intrinsic: Any = _numba_intrinsic
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
 _LOOP: dict[str, Any] = {"nogil": True, "fastmath": _FAST, "error_model": "numpy", "cache": True}
-
-
-@intrinsic
-def _scratch(typingctx, count, like):
-    """Pointer to ``count`` numbers of ``like``'s type on this function's stack, at a multiple of 64 bytes."""
-
-    def generate(context, builder, signature, args):
-        memory = builder.alloca(context.get_value_type(signature.args[1]), size=args[0])
-        memory.align = 64
-        return memory
-
-    return types.CPointer(like)(types.intp, like), generate
 
 
 @intrinsic
@@ -225,12 +213,12 @@ def wide_tile(dtype: torch.dtype, fingerprint: int = FINGERPRINT) -> Any:
         rows = count * group
         item = 2 if _paired(kind) else 4
         words = size * item // 4
-        q = _scratch(rows * size, kind)
-        turned = _scratch(words * KEYS, _ZERO)
-        p, acc = _scratch(rows * KEYS, _ZERO), _scratch(rows * value_size, _ZERO)
-        top, total = _scratch(rows, _ZERO), _scratch(rows, _ZERO)
-        key_at, value_at, place = _scratch(KEYS, 0), _scratch(KEYS, 0), _scratch(KEYS, 0)
-        key_next, value_next = _scratch(KEYS, 0), _scratch(KEYS, 0)
+        q = scratch(rows * size, kind)
+        turned = scratch(words * KEYS, _ZERO)
+        p, acc = scratch(rows * KEYS, _ZERO), scratch(rows * value_size, _ZERO)
+        top, total = scratch(rows, _ZERO), scratch(rows, _ZERO)
+        key_at, value_at, place = scratch(KEYS, 0), scratch(KEYS, 0), scratch(KEYS, 0)
+        key_next, value_next = scratch(KEYS, 0), scratch(KEYS, 0)
         sink = _address(sinks) != 0 and end == position + count
         for r in range(rows):
             top[r], total[r] = _MINUS_INFINITY, _ZERO
