@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import accumulate
 from math import inf, nan
 from random import Random
@@ -28,12 +28,12 @@ from pagedlab.engine.engine import Engine
 from pagedlab.engine.link import Link
 from pagedlab.engine.orders import Damage, StepOrders, StepResult, TierFault
 from pagedlab.engine.plan import Queue
-from pagedlab.engine.records import Moved, StepRecord, step_ends
+from pagedlab.engine.records import Moved, StepLog, StepRecord
 from pagedlab.engine.request import Hints, Request, SamplingParams
 from pagedlab.engine.script import Script
 from pagedlab.engine.sequence import Group, Sequence
 from pagedlab.engine.view import EngineView
-from pagedlab.errors import ConfigError
+from pagedlab.errors import ConfigError, PagedLabError
 from pagedlab.events import EventLog
 from pagedlab.executors.simulated import SimulatedExecutor
 from pagedlab.executors.stub import StubExecutor
@@ -218,14 +218,58 @@ def test_a_leap_is_so_many_steps() -> None:
 
 
 def test_when_tokens_came_is_read_from_the_records() -> None:
-    records = [record(0, 0), record(1, 10, count=3, growth=2), record(4, 46, count=2), record(6, 66)]
+    records = StepLog([record(0, 0), record(1, 10, count=3, growth=2), record(4, 46, count=2), record(6, 66)])
     ends = [r.end(0) for each in records for r in each.each()]
     assert len(ends) == 7
     for first in range(7):
         for count in range(1, 8 - first):
-            assert step_ends(records, [[first, count]]) == ends[first : first + count]
-    assert step_ends(records, [[0, 2], [3, 1], [5, 2]]) == [ends[i] for i in (0, 1, 3, 5, 6)]
-    assert step_ends(records, []) == []
+            assert records.ends([[first, count]]) == ends[first : first + count]
+    assert records.ends([[0, 2], [3, 1], [5, 2]]) == [ends[i] for i in (0, 1, 3, 5, 6)]
+    assert records.ends([]) == []
+
+
+def test_a_log_of_steps_gives_back_what_was_put_in() -> None:
+    wide = replace(record(7, 90, count=3, growth=5), prefill_pairs=2**40, preemptions=6, recomputed_tokens=11)
+    records = [record(0, 0), replace(record(1, 10), moved=Moved(1, 2, 3, 4, 5)), wide]
+    log = StepLog(records)
+    assert len(log) == 3
+    assert list(log) == records
+    assert log[-1] == wide
+    assert log[1:] == records[1:]
+    assert log[::2] == records[::2]
+    assert log[5:] == []
+    for at in (3, -4):
+        with pytest.raises(IndexError):
+            log[at]
+    numbers, moved, memory = log.columns()
+    for name, column in numbers.items():
+        assert column.tolist() == [getattr(r, name) for r in records], name
+    for name, column in moved.items():
+        assert column.tolist() == [getattr(r.moved, name) for r in records], name
+    for name, column in memory.items():
+        assert column.tolist() == [getattr(r.memory, name) for r in records], name
+    assert {*numbers, "moved", "memory"} == {f.name for f in fields(StepRecord)}
+    assert len(StepLog()) == 0
+    assert not any(len(c) for part in StepLog().columns() for c in part.values())
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_last_step_of_a_leap_can_be_changed_alone(count: int) -> None:
+    before, leap = record(3, 80), record(4, 100, count=count, growth=3)
+    log = StepLog([before, leap])
+    log.amend_last(preemptions=7)
+    single = [r for each in log for r in each.each()]
+    assert single == [before, *list(leap.each())[:-1], replace(list(leap.each())[-1], preemptions=7)]
+    assert [r.count for r in log] == [1, 1] + [1] * (count == 2) if count < 3 else [1, count - 1, 1]
+
+
+def test_a_step_that_cannot_be_recorded_is_refused_and_the_log_stays_whole() -> None:
+    log = StepLog([record(0, 0)])
+    with pytest.raises(PagedLabError, match="106 days"):
+        log.append(record(1, 2**63))
+    assert list(log) == [record(0, 0)]
+    log.append(record(1, 2**63 - 1))
+    assert log[1].start == 2**63 - 1
 
 
 # ---- who decodes -----------------------------------------------------------------------------------------------------

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pagedlab.cache.accounting import Memory
 from pagedlab.cache.moves import Move
+from pagedlab.costs.base import StepWork
+from pagedlab.errors import PagedLabError
 from pagedlab.policies.block import DISK, HOST
 from pagedlab.policies.prefetch import FATES
 
@@ -106,24 +113,6 @@ class StepRecord:
             )
 
 
-def step_ends(records: list[StepRecord], spans: Sequence[Sequence[int]]) -> list[int]:
-    """Return the ends of the steps in ``spans``, runs of (first step, how many), in picoseconds."""
-    ends: list[int] = []
-    for first, count in spans:
-        at = bisect_right(records, first, key=_step_of) - 1
-        step, last = first, first + count
-        while step < last:
-            record = records[at]
-            stop = min(last, record.step + record.count)
-            ends += [record.end(i) for i in range(step - record.step, stop - record.step)]
-            step, at = stop, at + 1
-    return ends
-
-
-def _step_of(record: StepRecord) -> int:
-    return record.step
-
-
 @dataclass(slots=True)
 class Totals:
     """Counts over a run."""
@@ -140,3 +129,99 @@ class Totals:
     moved: Moved = field(default_factory=Moved)
     prefetch: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0))
     """Blocks by what became of their loads, see `pagedlab.policies.prefetch`."""
+
+
+_NUMBERS = ("step", "start", "duration", "count", "growth", "num_running", "num_waiting", "prefill_tokens",
+            "decode_tokens", "context_tokens", "prefill_pairs", "preemptions", "recomputed_tokens")  # fmt: skip
+_COLUMNS = (*_NUMBERS, *Moved._fields, *Memory._fields)
+_START, _MOVED, _WIDTH = _NUMBERS.index("start"), len(_NUMBERS), len(_COLUMNS)
+_MEMORY = _MOVED + len(Moved._fields)
+_numbers = attrgetter(*_NUMBERS)
+
+
+class StepLog(Sequence[StepRecord]):
+    """The records of a run, oldest first: a row of integers of 8 bytes for each, which `StepRecord` shows by name."""
+
+    def __init__(self, records: Iterable[StepRecord] = ()) -> None:
+        self._rows = array("q")
+        for record in records:
+            self.append(record)
+
+    def note(
+        self,
+        step: int,
+        start: int,
+        duration: int,
+        count: int,
+        growth: int,
+        num_running: int,
+        num_waiting: int,
+        work: StepWork,
+        totals: Totals,
+        memory: Memory,
+    ) -> None:
+        """Add a record of ``count`` steps that did ``work`` each, after which the counts are ``totals``."""
+        self._add((step, start, duration, count, growth, num_running, num_waiting, work.prefill_tokens,
+                   work.decode_seqs, work.context_tokens, work.prefill_pairs, totals.preemptions,
+                   totals.recomputed_tokens, *totals.moved, *memory))  # fmt: skip
+
+    def append(self, record: StepRecord) -> None:
+        """Add a record."""
+        self._add((*_numbers(record), *record.moved, *record.memory))
+
+    def _add(self, row: tuple[int, ...]) -> None:
+        try:
+            self._rows.extend(row)
+        except OverflowError:
+            del self._rows[len(self) * _WIDTH :]
+            raise PagedLabError(
+                f"step {row[0]} began {row[_START] / 1e12:.3g} s after the run did; a run can be recorded up to 2**63 "
+                "picoseconds (106 days)"
+            ) from None
+
+    def amend_last(self, **changes: Any) -> None:
+        """Change fields of the last step; where its record stands for several, it gets one of its own."""
+        *before, last = self[-1].each()
+        if before:
+            first = replace(before[0], count=len(before), growth=self[-1].growth if len(before) > 1 else 0)
+        del self._rows[-_WIDTH:]
+        if before:
+            self.append(first)
+        self.append(replace(last, **changes))
+
+    def __len__(self) -> int:
+        return len(self._rows) // _WIDTH
+
+    @overload
+    def __getitem__(self, at: int) -> StepRecord: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[StepRecord]: ...
+    def __getitem__(self, at: int | slice) -> StepRecord | list[StepRecord]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        i = range(len(self))[at] * _WIDTH
+        row = self._rows[i : i + _WIDTH]
+        fields = dict(zip(_NUMBERS, row))
+        return StepRecord(**fields, moved=Moved(*row[_MOVED:_MEMORY]), memory=Memory(*row[_MEMORY:]))
+
+    def ends(self, spans: Iterable[Sequence[int]]) -> list[int]:
+        """Return the ends of the steps in ``spans``, runs of (first step, how many), in picoseconds."""
+        ends: list[int] = []
+        rows = self._rows
+        for first, count in spans:
+            at = bisect_right(range(len(self)), first, key=lambda i: rows[i * _WIDTH]) - 1
+            step, last = first, first + count
+            while step < last:
+                record = self[at]
+                stop = min(last, record.step + record.count)
+                ends += [record.end(i) for i in range(step - record.step, stop - record.step)]
+                step, at = stop, at + 1
+        return ends
+
+    def columns(self) -> tuple[dict[str, NDArray[np.int64]], ...]:
+        """Return the numbers of all records by their names, those of `Moved`, and those of `Memory`."""
+        table = np.frombuffer(self._rows.tobytes(), np.int64).reshape(-1, _WIDTH).T
+        columns = dict(zip(_COLUMNS, np.ascontiguousarray(table), strict=True))
+        return tuple(
+            {name: columns[name] for name in names} for names in (_NUMBERS, Moved._fields, Memory._fields)
+        )

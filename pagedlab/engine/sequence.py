@@ -8,7 +8,7 @@ from enum import Enum
 
 from pagedlab.cache.table import BlockTable
 from pagedlab.engine.decoders import Decoders
-from pagedlab.engine.records import StepRecord, step_ends
+from pagedlab.engine.records import StepLog
 from pagedlab.engine.request import Request
 from pagedlab.engine.script import Script
 from pagedlab.policies.block import Origin
@@ -33,7 +33,7 @@ class Group:
     """Time of arrival in picoseconds."""
     order: int
     """It was the n-th request to arrive."""
-    steps: list[StepRecord]
+    steps: StepLog
     """What the engine has done, by which tokens have their times."""
     sequences: list[Sequence] = field(default_factory=list)
     unfinished: int = 0
@@ -154,7 +154,7 @@ class Sequence:
     @property
     def token_times(self) -> list[int]:
         """When each output token came, in picoseconds."""
-        return step_ends(self.group.steps, self.spans)
+        return self.group.steps.ends(self.spans)
 
     @property
     def last_token_at(self) -> int | None:
@@ -162,7 +162,7 @@ class Sequence:
         if not self.spans:
             return None
         first, count = self.spans[-1]
-        return step_ends(self.group.steps, [[first + count - 1, 1]])[0]
+        return self.group.steps.ends([[first + count - 1, 1]])[0]
 
     def took(self, first_step: int, count: int = 1) -> None:
         """Note a token from each of ``count`` steps."""

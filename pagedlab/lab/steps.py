@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import chain
-from operator import attrgetter
-
 import numpy as np
-from numpy.typing import NDArray
 
 from pagedlab.engine.clock import PS_PER_SECOND
-from pagedlab.engine.records import StepRecord
-from pagedlab.lab.measures import LINKS, Columns
-
-_KINDS = ("stored", "reserved", "internal", "external", "cached", "free", "saved")
-_FIELDS = ("step", "start", "duration", "count", "growth", "num_running", "num_waiting", "prefill_tokens",
-           "decode_tokens", "preemptions", "recomputed_tokens", "context_tokens", "prefill_pairs")  # fmt: skip
+from pagedlab.engine.records import StepLog
+from pagedlab.lab.measures import Columns
 
 
-def tables(records: Sequence[StepRecord], pool_tokens: int) -> tuple[Columns, Columns]:
+def tables(records: StepLog, pool_tokens: int) -> tuple[Columns, Columns]:
     """Return the columns of ``steps`` and ``memory``, a row for every single step, as `StepRecord.each` gives them.
 
     Every column is an array [num_steps]. Times are in seconds, memory in tokens and as shares of ``pool_tokens``.
     """
-    f = _columns(map(attrgetter(*_FIELDS), records), _FIELDS)
-    m = _columns(map(attrgetter("memory"), records), _KINDS)
-    moved = _columns(map(attrgetter("moved"), records), LINKS)
+    f, moved, m = records.columns()
     i = np.zeros(len(records), dtype=np.int64)
     counts = f.pop("count")
     if (counts > 1).any():
@@ -63,12 +52,7 @@ def tables(records: Sequence[StepRecord], pool_tokens: int) -> tuple[Columns, Co
     memory = {
         "step": step,
         "time": (start + duration) / PS_PER_SECOND,
-        **{kind: m[kind] for kind in _KINDS},
-        **{f"{kind}_share": m[kind] / pool_tokens for kind in _KINDS},
+        **m,
+        **{f"{kind}_share": column / pool_tokens for kind, column in m.items()},
     }
     return steps, memory
-
-
-def _columns(rows: Iterable[Sequence[int]], names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-    flat = np.fromiter(chain.from_iterable(rows), dtype=np.int64).reshape(-1, len(names))
-    return dict(zip(names, np.ascontiguousarray(flat.T), strict=True))
