@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
+from hypothesis.strategies import integers
 from strategies import Scenario, examples, scenarios, serve
 from test_law5_stub import conversation
 from test_law6 import Linear
@@ -23,6 +24,7 @@ from pagedlab.config import Config
 from pagedlab.costs import find_model
 from pagedlab.engine import clock as clocks
 from pagedlab.engine.clock import PS_PER_SECOND, StepClock, VirtualClock, WallClock, to_ps, to_seconds
+from pagedlab.engine.coming import NEVER, Coming
 from pagedlab.engine.decoders import Decoders
 from pagedlab.engine.engine import Engine
 from pagedlab.engine.link import Link
@@ -270,6 +272,38 @@ def test_a_step_that_cannot_be_recorded_is_refused_and_the_log_stays_whole() -> 
     assert list(log) == [record(0, 0)]
     log.append(record(1, 2**63 - 1))
     assert log[1].start == 2**63 - 1
+
+
+# ---- who is to come --------------------------------------------------------------------------------------------------
+
+
+@given(seed=integers(0, 2**32 - 1))
+def test_who_is_to_come_comes_in_order(seed: int) -> None:
+    """In whatever order they are told of; a sorted list is the model."""
+    pick = Random(seed)
+    coming, model = Coming(), list[Any]()
+    for order in range(pick.randrange(1, 40)):
+        deed = pick.choice(("add", "add", "add", "pop", "forget"))
+        if deed == "add":
+            group = SimpleNamespace(arrival=pick.randrange(10), order=order)
+            coming.add(group)  # type: ignore[arg-type]
+            model = sorted([*model, group], key=lambda g: (g.arrival, g.order))
+        elif deed == "pop" and model:
+            assert coming.pop() is model.pop(0)
+        elif deed == "forget":
+            gone = pick.choice(model) if model else SimpleNamespace()
+            coming.forget(gone)
+            model = [g for g in model if g is not gone]
+        assert list(coming) == model == list(coming)
+        assert len(coming) == len(model)
+        assert coming.next == (model[0].arrival if model else NEVER)
+
+
+def test_any_time_that_can_be_recorded_comes() -> None:
+    coming = Coming()
+    late = SimpleNamespace(arrival=2**63, order=0)
+    coming.add(late)  # type: ignore[arg-type]
+    assert coming.next == 2**63 < NEVER
 
 
 # ---- who decodes -----------------------------------------------------------------------------------------------------

@@ -591,20 +591,11 @@ def test_the_oracle_is_refused_where_the_future_is_not_known() -> None:
         Engine(Config(eviction="belady"), SimulatedExecutor(Seconds()), knows_future=True)
 
 
-def test_the_future_is_in_order_and_looking_leaves_it_alone() -> None:
-    from pagedlab.engine.prefetching import _in_order
-
-    heap = [1, 3, 2, 9, 4, 8, 5]
-    assert list(_in_order(heap)) == [1, 2, 3, 4, 5, 8, 9]  # type: ignore[arg-type]
-    assert heap == [1, 3, 2, 9, 4, 8, 5]
-    assert list(_in_order([])) == []
-
-
 def test_as_much_of_the_future_is_shown_as_is_asked_for() -> None:
     engine = Engine(Config(), SimulatedExecutor(Seconds()), clock=VirtualClock())
     for i, at in enumerate((3.0, 1.0, 4.0, 1.5)):
         engine.add(ask(f"r{i}", "a1", at))
-    future = KnownFuture(lambda: engine._future)
+    future = KnownFuture(engine.coming)
     for n in range(6):
         coming = [(arrival.at, arrival.sequence.request_id) for arrival in future.coming(n)]
         assert coming == [(1.0, "r1"), (1.5, "r3"), (3.0, "r0"), (4.0, "r2")][:n]

@@ -7,11 +7,11 @@ who comes when, who follows whom, and what an end leaves behind.
 from __future__ import annotations
 
 from dataclasses import replace
-from heapq import heapify, heappop, heappush
 
 from pagedlab import events as ev
 from pagedlab.config import Config
 from pagedlab.engine.clock import Clock, WallClock, to_ps
+from pagedlab.engine.coming import Coming
 from pagedlab.engine.orders import Executor, Scripted
 from pagedlab.engine.records import StepLog
 from pagedlab.engine.request import Request
@@ -46,7 +46,7 @@ class Arrivals(Seats):
         self.groups: dict[str, Group] = {}
         self.finished: list[Sequence] = []
         self.steps = StepLog()
-        self._future: list[tuple[int, int, Group]] = []
+        self.coming = Coming()
         self._followers: dict[str, list[Group]] = {}
         self._num_groups = 0
         self._num_sequences = 0
@@ -87,7 +87,7 @@ class Arrivals(Seats):
             self._refuse(leader, error)
             return group
         if request.follows is None:
-            heappush(self._future, (arrival, group.order, group))
+            self.coming.add(group)
         elif self.groups[request.follows].unfinished:
             self._followers.setdefault(request.follows, []).append(group)
         else:
@@ -97,7 +97,7 @@ class Arrivals(Seats):
     def _send(self, group: Group) -> None:
         """What the group follows has ended: it comes after its think time."""
         group.arrival = self.events.time + max(to_ps(group.request.think_time), 0)
-        heappush(self._future, (group.arrival, group.order, group))
+        self.coming.add(group)
 
     def _new_sequence(self, group: Group, sample_index: int, tokens: list[int] | HashedTokens) -> Sequence:
         prompt_len = len(group.request.prompt)
@@ -117,8 +117,8 @@ class Arrivals(Seats):
             )
 
     def _let_in(self, until: int) -> None:
-        while self._future and self._future[0][0] <= until:
-            _, _, group = heappop(self._future)
+        while self.coming.next <= until:
+            group = self.coming.pop()
             for seq in group.sequences:
                 if seq.status is Status.WAITING:
                     self.waiting.append(seq)
@@ -141,16 +141,15 @@ class Arrivals(Seats):
         alive = [s for s in group.sequences if s.status is not Status.FINISHED] if group else []
         for seq in alive:
             self._finish(seq, "cancelled")
-        if any(entry[2] is group for entry in self._future):
+        if group is not None:
             # Nobody waits for the arrival of what nobody wants.
-            self._future = [entry for entry in self._future if entry[2] is not group]
-            heapify(self._future)
+            self.coming.forget(group)
         self._settle()
         return bool(alive)
 
     def _settle(self) -> None:
         """After the last step nobody's leaving waits for a plan."""
-        if self.leaving and not (self.running or self.waiting or self._future):
+        if self.leaving and not (self.running or self.waiting or self.coming):
             self._let_go()
 
     def _finish(self, seq: Sequence, reason: str) -> None:

@@ -16,10 +16,10 @@ from bisect import bisect_left, insort
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
+from pagedlab.engine.coming import NEVER
+
 if TYPE_CHECKING:
     from pagedlab.engine.sequence import Sequence
-
-NEVER = 1 << 62
 
 
 class Decoders:

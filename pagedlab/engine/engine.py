@@ -24,6 +24,7 @@ from pagedlab.config import Config
 from pagedlab.costs.base import StepWork
 from pagedlab.engine.arrivals import Arrivals
 from pagedlab.engine.clock import Clock
+from pagedlab.engine.coming import NEVER
 from pagedlab.engine.link import Link
 from pagedlab.engine.orders import Executor, Fallible, SequenceStep, StepOrders, StepResult
 from pagedlab.engine.plan import Plan
@@ -69,7 +70,7 @@ class Engine(Arrivals):
     def _reset_prefetch(self) -> None:
         policy = self.policies.prefetch
         if policy.needs_future:
-            policy.reset(future=KnownFuture(lambda: self._future))  # type: ignore[call-arg]
+            policy.reset(future=KnownFuture(self.coming))  # type: ignore[call-arg]
         else:
             policy.reset()
         # A clock that takes an executor at its word counts the time of transfers too.
@@ -81,12 +82,12 @@ class Engine(Arrivals):
     @property
     def has_work(self) -> bool:
         """True while a request is running, waiting or yet to arrive, or something is left to copy."""
-        return bool(self.running or self.waiting or self._future or self.cache.moves)
+        return bool(self.running or self.waiting or self.coming or self.cache.moves)
 
     @property
     def idle_until(self) -> int | None:
         """Time of the next arrival in picoseconds if there is nothing to run before it, else None."""
-        return self._future[0][0] if self._future and not self.running and not self.waiting else None
+        return self.coming.next if self.coming and not self.running and not self.waiting else None
 
     def rest(self) -> int | None:
         """With nothing to run now, let the prefetcher act if its time has come.
@@ -186,12 +187,12 @@ class Engine(Arrivals):
         self._let_in(planned)
         if not self.running and not self.waiting:
             self._let_in(now)
-        while not self.running and not self.waiting and self._future:
+        while not self.running and not self.waiting and self.coming:
             if self.prefetching is not None:
                 # Who arrives at the same time is let in first; the prefetcher is asked in that step.
-                self._prefetch_idle(self._future[0][0] - 1)
-            self.clock.wait_until(self._future[0][0])
-            self.events.time = max(self.clock.now(), self._future[0][0])
+                self._prefetch_idle(self.coming.next - 1)
+            self.clock.wait_until(self.coming.next)
+            self.events.time = max(self.clock.now(), self.coming.next)
             self._let_in(self.events.time)
         return bool(self.running or self.waiting)
 
@@ -234,7 +235,6 @@ class Engine(Arrivals):
         fresh = decoders.fresh
         for seq in [s for s in decoders.at_boundary() if s not in fresh] + list(fresh):
             if seq.decoders is not None:  # not preempted for one before it
-                self._sync(seq)
                 self.make_room(seq, seq.table.num_tokens + 1, plan)
         plan.budget -= len(decoders.members)
 
@@ -297,8 +297,8 @@ class Engine(Arrivals):
             return alone
         fixed, slope = pace
         first, growth = fixed + slope * work.context_tokens, slope * work.decode_seqs
-        if self._future:
-            gap = self._future[0][0] - self.events.time
+        if self.coming.next < NEVER:
+            gap = self.coming.next - self.events.time
             # With asynchronous scheduling the step that sees an arrival was planned a step before.
             late = self.config.async_scheduling and gap > 0
             count = min(count, _steps_until(gap, first, growth) + late)

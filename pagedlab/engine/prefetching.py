@@ -12,9 +12,8 @@ with the step that orders it, or at once while nothing runs.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnly
-from heapq import heappop, heappush
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -240,25 +239,14 @@ class CacheResidency:
 
 
 class KnownFuture:
-    """The arrivals that an engine knows of (`pagedlab.policies.prefetch.Future`): ``heap`` is its list of them."""
+    """The arrivals that an engine knows of (`pagedlab.policies.prefetch.Future`)."""
 
-    def __init__(self, heap: Callable[[], list[tuple[int, int, Group]]]) -> None:
-        self._heap = heap
+    def __init__(self, known: Iterable[Group]) -> None:
+        self._known = known
 
     def coming(self, n: int) -> list[Arrival]:
         """Return the next ``n``. O(n log n)."""
-        groups = (entry[2] for entry in _in_order(self._heap()))
-        return [Arrival(to_seconds(g.arrival), g.sequences[0]) for g in islice(groups, n)]
-
-
-def _in_order(heap: list[tuple[int, int, Group]]) -> Iterator[tuple[int, int, Group]]:
-    """Walk over a heap in order and leave it as it is; each step O(log of those taken)."""
-    front = [(heap[0], 0)] if heap else []
-    while front:
-        entry, at = heappop(front)
-        yield entry
-        for child in range(2 * at + 1, min(2 * at + 3, len(heap))):
-            heappush(front, (heap[child], child))
+        return [Arrival(to_seconds(g.arrival), g.sequences[0]) for g in islice(self._known, n)]
 
 
 def _on_the_clock(seconds: float) -> int:

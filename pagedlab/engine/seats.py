@@ -152,25 +152,26 @@ class Seats:
         return n
 
     def _prefill(self, seq: Sequence, tokens: int, whole: bool, spare: int, plan: Plan) -> int:
-        readmitted = seq.admitted_at is not None
-        match = self.cache.match(seq.table.prefix, seq.num_tokens - 1)
+        known, readmitted = seq.num_tokens, seq.admitted_at is not None
+        # The last token is computed in any case: its output is wanted.
+        match = self.cache.match(seq.table.prefix, known - 1)
         if self.config.wait_for_prefix and plan.computes_next(seq, match):
-            return self._refuse_for_now(seq, match)
+            return self._refuse_for_now(seq, match, known)
         while True:
-            n = plan.cut(seq.num_tokens - match.num_tokens, tokens, whole)
+            n = plan.cut(known - match.num_tokens, tokens, whole)
             if not n:
-                return self._refuse_for_now(seq, match)
+                return self._refuse_for_now(seq, match, known)
             claim = self._claim(seq, match.num_tokens + n)
             if self.cache.admit(seq.table, match, claim, spare=spare, readmitted=readmitted):
                 break
             if self.running or not match.num_tokens:
-                return self._refuse_for_now(seq, match)
+                return self._refuse_for_now(seq, match, known)
             # Alone, and the prefix itself is in the way (pinned, or splitting the only run): start from nothing.
             match = NO_MATCH
         if self.prefetching is not None:
             self.prefetching.used(seq, len(match.blocks))
         if readmitted:
-            again = max(0, seq.num_tokens - 1 - match.num_tokens)
+            again = max(0, known - 1 - match.num_tokens)
             seq.recomputed_tokens += again
             self.totals.recomputed_tokens += again
             self.events.record(ev.REQUEST_RESUMED, seq.seq_id, detail="recompute")
@@ -183,9 +184,9 @@ class Seats:
                 self.events.record(ev.REQUEST_ADMITTED, seq.seq_id, detail=seq.request_id)
         return n
 
-    def _refuse_for_now(self, seq: Sequence, match: Match) -> int:
+    def _refuse_for_now(self, seq: Sequence, match: Match, known: int) -> int:
         """Grant nothing; what would make the match longer is worth asking the scheduler again."""
-        self.cache.await_better(seq.table.prefix, match, seq.num_tokens - 1)
+        self.cache.await_better(seq.table.prefix, match, known - 1)
         return 0
 
     def _claim(self, seq: Sequence, step_end: int) -> int:
