@@ -169,8 +169,11 @@ class BlockPool:
         self, victims: list[Block], n: int, protected: Collection[Block], removed: bool = False
     ) -> None:
         indices = [b.index for b in victims if b.key is not None and not b.ref_count]
-        chosen = set(victims) if n > 1 or protected else set()
-        if len(indices) != n or (n > 1 and len(chosen) != n) or not chosen.isdisjoint(protected):
+        if (
+            len(indices) != n
+            or (n > 1 and len(set(victims)) != n)
+            or (protected and not set(victims).isdisjoint(protected))
+        ):
             raise self._illegal(victims, n, protected)
         self._on_evict(victims)
         if not removed:

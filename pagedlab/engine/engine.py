@@ -263,20 +263,21 @@ class Engine(Arrivals):
 
     def _work(self, entries: dict[Sequence, int]) -> StepWork:
         """Return what the step has to do, in sums."""
-        size = len(self.decoders.members)
-        work = StepWork(decode_seqs=size, context_tokens=self.decoders.context + size, samples=size)
+        decodes = samples = len(self.decoders.members)
+        context = self.decoders.context + decodes
+        tokens = pairs = chunks = 0
         for seq, n in entries.items():
             start = seq.table.num_tokens
-            samples = start + n == len(seq.tokens)
-            work.samples += samples
-            if n == 1 and samples:
-                work.decode_seqs += 1
-                work.context_tokens += start + 1
+            last = start + n == len(seq.tokens)
+            samples += last
+            if n == 1 and last:
+                decodes += 1
+                context += start + 1
             else:
-                work.prefill_seqs += 1
-                work.prefill_tokens += n
-                work.prefill_pairs += n * start + n * (n + 1) // 2
-        return work
+                chunks += 1
+                tokens += n
+                pairs += n * start + n * (n + 1) // 2
+        return StepWork(tokens, pairs, chunks, decodes, context, samples)
 
     def _reach(self, orders: StepOrders, num_moves: int, max_steps: int | None) -> tuple[int, int, int]:
         """Return how many steps can be taken at once, how long the first takes, and how much longer each next one."""

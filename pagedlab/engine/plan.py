@@ -144,4 +144,5 @@ class Plan:
         """How much of ``remaining`` fits what was asked for and what is left of the step's budget."""
         if whole:
             return remaining if remaining <= self.budget or self._alone else 0
-        return max(0, min(remaining, tokens, self.budget))
+        n = remaining if remaining < tokens else tokens
+        return max(0, n if n < self.budget else self.budget)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -137,6 +138,7 @@ _COLUMNS = (*_NUMBERS, *Moved._fields, *Memory._fields)
 _START, _MOVED, _WIDTH = _NUMBERS.index("start"), len(_NUMBERS), len(_COLUMNS)
 _MEMORY = _MOVED + len(Moved._fields)
 _numbers = attrgetter(*_NUMBERS)
+_pack = struct.Struct(f"{_WIDTH}q").pack
 
 
 class StepLog(Sequence[StepRecord]):
@@ -171,9 +173,8 @@ class StepLog(Sequence[StepRecord]):
 
     def _add(self, row: tuple[int, ...]) -> None:
         try:
-            self._rows.extend(row)
-        except OverflowError:
-            del self._rows[len(self) * _WIDTH :]
+            self._rows.frombytes(_pack(*row))
+        except struct.error:
             raise PagedLabError(
                 f"step {row[0]} began {row[_START] / 1e12:.3g} s after the run did; a run can be recorded up to 2**63 "
                 "picoseconds (106 days)"
