@@ -42,7 +42,12 @@ PACKAGES: dict[str, dict[str, Any]] = {
     },
     "replay": {
         "only": ["pagedlab/cache/replay.py"],
-        "tests": ["replay", "replay_loops", "tenants::test_a_reserved_share_is_a_tier_of_its_own"],
+        "tests": [
+            "replay",
+            "replay_loops",
+            "tenants::test_a_reserved_share_is_a_tier_of_its_own",
+            "tenants::test_a_reserved_share_of_no_block_keeps_nothing",
+        ],
         "skip": "mooncake_as_others or streams_as_others or processes",
     },
     "policies": {

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from pagedlab.lab.grid import expand as expand
     from pagedlab.lab.live import Live as Live
     from pagedlab.lab.live import start as start
-    from pagedlab.lab.replay import MissRatioCurve as MissRatioCurve
-    from pagedlab.lab.replay import Replay as Replay
     from pagedlab.lab.replay import replay as replay
+    from pagedlab.lab.replayed import MissRatioCurve as MissRatioCurve
+    from pagedlab.lab.replayed import Replay as Replay
     from pagedlab.lab.results import Run as Run
     from pagedlab.lab.saved import load_run as load_run
     from pagedlab.lab.session import run as run
@@ -63,12 +63,12 @@ _HOME = {
     "InvariantBroken": "pagedlab.errors",
     "LawBroken": "pagedlab.errors",
     "Live": "pagedlab.lab.live",
-    "MissRatioCurve": "pagedlab.lab.replay",
+    "MissRatioCurve": "pagedlab.lab.replayed",
     "ModelNotServed": "pagedlab.errors",
     "PRESETS": "pagedlab.config",
     "PagedLabError": "pagedlab.errors",
     "PolicyError": "pagedlab.errors",
-    "Replay": "pagedlab.lab.replay",
+    "Replay": "pagedlab.lab.replayed",
     "Request": "pagedlab.engine.request",
     "RequestTooLarge": "pagedlab.errors",
     "ResultsError": "pagedlab.errors",

@@ -793,9 +793,53 @@ class _ReadsWholeBlocks(DenseReference):
         return out + 0.0 * value_cache.sum()
 
 
+class _SeesBeyondTheWindow(DenseReference):
+    def attend(self, *tensors: Any, sliding_window: int | None = None, **options: Any) -> torch.Tensor:
+        longer = None if sliding_window is None else sliding_window + 1
+        return super().attend(*tensors, sliding_window=longer, **options)
+
+
+class _CapsNothing(DenseReference):
+    def attend(self, *tensors: Any, soft_cap: float | None = None, **options: Any) -> torch.Tensor:
+        return super().attend(*tensors, **options)
+
+
+class _SlopesUpwards(DenseReference):
+    def attend(self, *tensors: Any, alibi_slopes: Any = None, **options: Any) -> torch.Tensor:
+        return super().attend(
+            *tensors, alibi_slopes=None if alibi_slopes is None else -alibi_slopes, **options
+        )
+
+
+class _OneSinkForAll(DenseReference):
+    def attend(self, *tensors: Any, sinks: Any = None, **options: Any) -> torch.Tensor:
+        same = None if sinks is None else sinks[:1].expand_as(sinks)
+        return super().attend(*tensors, sinks=same, **options)
+
+
 @breaks("agrees_with_dense")
 class ForgetsToScale(Kernel):
     implementation = "broken_policies:_Unscaled"
+
+
+@breaks("sliding_window_agrees_with_dense")
+class SeesBeyondTheWindow(Kernel):
+    implementation = "broken_policies:_SeesBeyondTheWindow"
+
+
+@breaks("soft_cap_agrees_with_dense")
+class CapsNothing(Kernel):
+    implementation = "broken_policies:_CapsNothing"
+
+
+@breaks("alibi_slopes_agree_with_dense")
+class SlopesUpwards(Kernel):
+    implementation = "broken_policies:_SlopesUpwards"
+
+
+@breaks("sinks_agree_with_dense")
+class OneSinkForAll(Kernel):
+    implementation = "broken_policies:_OneSinkForAll"
 
 
 @breaks("unused_slots_cannot_leak")

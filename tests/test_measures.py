@@ -16,7 +16,7 @@ from pagedlab.engine.clock import to_seconds
 from pagedlab.engine.orders import DEVICE, HOST, Move
 from pagedlab.errors import ConfigError
 from pagedlab.executors.stub import StubExecutor
-from pagedlab.lab import measures, plots
+from pagedlab.lab import measures, panels, plots
 from pagedlab.lab.job import Job
 from pagedlab.lab.measures import MEMORY_KINDS
 from pagedlab.lab.results import COLUMNS, Run
@@ -499,7 +499,7 @@ def test_thinning_keeps_means_and_extremes() -> None:
     values = rng.integers(0, 100, 50_000)
     values[20_000] = 1000
     edges = np.concatenate([[0.0], np.cumsum(rng.exponential(size=50_000))])
-    at, (means,), (lows,), (highs,) = plots._thinned(edges.tolist(), [values.tolist()])
+    at, (means,), (lows,), (highs,) = panels._thinned(edges.tolist(), [values.tolist()])
     assert len(at) == len(means) + 1 == len(lows) + 1 < 2000
     assert (at[0], at[-1]) == (edges[0], pytest.approx(edges[-1]))
     assert np.average(means, weights=np.diff(at)) == pytest.approx(np.average(values, weights=np.diff(edges)))
@@ -510,6 +510,6 @@ def test_thinning_keeps_means_and_extremes() -> None:
 
 
 def test_few_steps_are_drawn_as_they_are() -> None:
-    at, (means,), _, _ = plots._thinned([0.0, 1.0, 3.0], [[5, 6]])
+    at, (means,), _, _ = panels._thinned([0.0, 1.0, 3.0], [[5, 6]])
     assert at.tolist() == [0.0, 1.0, 3.0]
     assert means.tolist() == [5.0, 6.0]

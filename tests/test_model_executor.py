@@ -6,20 +6,27 @@ logits lie within `NEAR_TIE` of each other either token counts as right, and mor
 
 import copy
 import random
+import re
 import warnings
 from collections import deque
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+import pagedlab as pl
 from pagedlab.engine.orders import DEVICE, DISK, HOST, Move, SequenceStep, StepOrders
 from pagedlab.engine.request import SamplingParams
 from pagedlab.errors import ConfigError, InvariantBroken, ModelNotServed
 from pagedlab.executors.model import ModelExecutor
 from pagedlab.executors.products import Panels, panels_work
+from pagedlab.kernels.base import options_of
+from pagedlab.kernels.dense import dense_attention
+from pagedlab.kernels.layouts import device_functions
+from pagedlab.policies.kernel import OPTIONS, Kernel
 from pagedlab.registry import make, policy_names
 
 VOCAB = 128
@@ -544,3 +551,158 @@ def test_fast_path_without_its_fastest_parts(monkeypatch, dtype, without):
     assert ("3 whole layers fused" in executor.fast_path.notes) == (without == "place" and panels_work(dtype))
     other = logits_of(executor, prompts())
     assert (fast - other).norm() / other.norm() < (1e-4 if dtype == torch.float32 else 0.2)
+
+
+class PlainAttention:
+    """A kernel as somebody writes one for models without further wishes: read the blocks, then a softmax."""
+
+    axis_order = ("block", "token", "head", "channel")
+
+    def __init__(self, layout):
+        self.block_of = device_functions(layout).torch
+
+    def allocate(self, num_blocks, block_size, num_kv_heads, head_size, *, dtype, device):
+        return torch.empty(num_blocks, block_size, num_kv_heads, head_size, dtype=dtype, device=device)
+
+    def write(self, cache, new, batch):
+        cache.flatten(0, 1)[torch.from_numpy(batch.slots)] = new
+
+    def attend(self, query, key_cache, value_cache, batch, *, scale):
+        return self.read(query, key_cache, value_cache, batch, scale, None)
+
+    def read(self, query, key_cache, value_cache, batch, scale, window):
+        arrays = torch.from_numpy(batch.entries), torch.from_numpy(batch.index)
+        outputs = []
+        for row, length, q in zip(
+            batch.rows.tolist(), batch.context_lens.tolist(), query.split(np.diff(batch.query_start).tolist())
+        ):
+            at = torch.arange(0 if window is None else max(0, length - len(q) + 1 - window), length)
+            blocks = self.block_of(*arrays, torch.tensor(row), at // batch.block_size)
+            keys, values = (cache[blocks, at % batch.block_size] for cache in (key_cache, value_cache))
+            outputs.append(dense_attention(q, keys, values, scale=scale, sliding_window=window))
+        return torch.cat(outputs)
+
+
+class WindowedAttention(PlainAttention):
+    """Has windows too, and says so by an argument."""
+
+    def attend(self, query, key_cache, value_cache, batch, *, scale, sliding_window=None):
+        return self.read(query, key_cache, value_cache, batch, scale, sliding_window)
+
+
+class SunkAttention(PlainAttention):
+    """Has sinks; it is refused before anybody calls it."""
+
+    def attend(self, query, key_cache, value_cache, batch, *, scale, sinks=None):
+        raise AssertionError("never called")
+
+
+class Plain(Kernel):
+    implementation = f"{__name__}:PlainAttention"
+
+
+class Windowed(Kernel):
+    implementation = f"{__name__}:WindowedAttention"
+
+
+class Sunk(Kernel):
+    implementation = f"{__name__}:SunkAttention"
+
+
+def refused(model, kernel):
+    """The line with which a model is refused before anything was allocated or served."""
+    with pytest.raises(ConfigError) as caught:
+        ModelExecutor(model, layout=make("layout", "padded"), kernel=kernel)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_kernel_of_ones_own_serves_the_models_that_ask_for_no_more():
+    for name, kernel in (("Llama", Plain()), ("Llama", Windowed()), ("Mistral", Windowed())):
+        model = build(name)
+        reference = generated(copy.deepcopy(model), prompts(2), 8)
+        executor = ModelExecutor(model, layout=make("layout", "csr"), kernel=kernel, poison=True)
+        assert_says_the_same(serve(executor, prompts(2), 8), reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "lacks", "layers", "takes"),
+    [
+        ("GptOss", Plain(), "sinks and sliding_window", 3, "no option"),
+        ("GptOss", Windowed(), "sinks", 3, "sliding_window"),
+        ("Gemma2", Windowed(), "soft_cap", 3, "sliding_window"),
+        ("Mistral", Plain(), "sliding_window", 3, "no option"),
+        ("GptOss", Sunk(), "sliding_window", 2, "sinks"),
+    ],
+)
+def test_what_a_kernel_lacks_is_said_before_the_first_step(name, kernel, lacks, layers, takes):
+    model = build(name)
+    said = refused(model, kernel)
+    title, attend = type(kernel).__name__, f"{type(kernel).__name__}Attention.attend"
+    assert said.startswith(f"kernel '{title}' cannot serve {name}ForCausalLM: {layers} of 3 attention layers")
+    assert f"need {lacks}, and {attend} takes {takes};" in said
+    assert "'auto'" in said
+    # The model is as it was: it runs by itself, and under a kernel that has what it needs.
+    assert torch.isfinite(model(torch.tensor([prompts()[1]])).logits).all()
+    reference = generated(copy.deepcopy(model), prompts(2), 4)
+    assert_says_the_same(serve(executor_for(model), prompts(2), 4), reference)
+
+
+def test_a_run_with_a_kernel_that_lacks_something_says_so_in_its_first_line(tmp_path):
+    build("GptOss", torch.float32).save_pretrained(tmp_path)
+    config = pl.Config(model=str(tmp_path), kernel=Windowed(), num_blocks=32, block_size=BLOCK)
+    with pytest.raises(
+        ConfigError, match=r"kernel 'Windowed' cannot serve .*: 3 of 3 attention layers need sinks"
+    ):
+        pl.run(config, [pl.Request(request_id="a", prompt=prompts()[1])])
+
+
+def test_a_kernel_that_swallows_everything_is_taken_at_its_word():
+    class Swallows(WindowedAttention):
+        def attend(self, query, key_cache, value_cache, batch, **options):
+            return super().attend(query, key_cache, value_cache, batch, scale=options["scale"])
+
+    assert options_of(Swallows(make("layout", "padded"))) == set(OPTIONS)
+    assert options_of(WindowedAttention(make("layout", "padded"))) == {"sliding_window"}
+    assert options_of(PlainAttention(make("layout", "padded"))) == set()
+
+
+class Unscaled(PlainAttention):
+    def attend(self, query, key_cache, value_cache, batch):
+        raise AssertionError("never called")
+
+
+class Wishes(PlainAttention):
+    def attend(self, query, key_cache, value_cache, batch, *, scale, alibi_slopes):
+        raise AssertionError("never called")
+
+
+class Mute(PlainAttention):
+    attend = None
+
+
+@pytest.mark.parametrize(
+    ("attention", "says"),
+    [
+        (Unscaled, "unexpected keyword argument 'scale'"),
+        (Wishes, "missing a required .*'alibi_slopes'"),
+        (Mute, "Mute is no attention kernel: it lacks attend; needed: allocate, write, attend"),
+    ],
+)
+def test_a_kernel_that_cannot_be_called_is_refused_by_what_is_wrong(attention, says):
+    class Own(Kernel):
+        implementation = f"{__name__}:{attention.__name__}"
+
+    assert re.search(says, refused(build("Llama"), Own()))
+
+
+def test_the_laws_speak_of_the_options_that_a_kernel_has():
+    """One that lacks an option breaks no law; the table says which are not tried, and why."""
+    for kernel, has in ((Plain(), set()), (Windowed(), {"sliding_window"})):
+        table = pl.check_policy(kernel)
+        rows = {row.check: row for row in table}
+        for option in OPTIONS:
+            (law,) = [check for check in rows if check.startswith(option)]
+            assert rows[law].status == ("passed" if option in has else "skipped")
+            assert option in has or f"attend has no {option}" in rows[law].detail
+        assert rows["agrees_with_dense"].status == rows["unused_slots_cannot_leak"].status == "passed"

@@ -26,7 +26,7 @@ from pagedlab.cli import app
 from pagedlab.engine.request import Request, SamplingParams
 from pagedlab.errors import ConfigError, PolicyError, WorkloadError
 from pagedlab.lab.accesses import accesses
-from pagedlab.lab.replay import MissRatioCurve
+from pagedlab.lab.replayed import MissRatioCurve
 from pagedlab.policies import Block, Eviction
 from pagedlab.policies.bounds import next_uses, refuse_future
 from pagedlab.policies.prompt import HashedPrompt

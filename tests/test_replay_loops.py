@@ -6,11 +6,16 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import examples
 
 from pagedlab.cache.replay import ReplayView, Wanted, plain, prefix
 from pagedlab.errors import PolicyError
 from pagedlab.policies.block import Block, Origin
-from pagedlab.policies.eviction import Eviction
+from pagedlab.policies.eviction import LRU, Eviction
+from pagedlab.policies.quota import Quota
+from pagedlab.policies.view import NOTHING_KNOWN, View
 
 A, B = Origin(salt="a"), Origin(salt="b")
 
@@ -157,6 +162,25 @@ def test_what_is_heard_of_accesses_one_by_one(tail_first: bool) -> None:
     assert policy.heard == begun
 
 
+@given(st.integers(1, 9), st.booleans())
+def test_tail_first_is_the_same_backwards(length: int, chained: bool) -> None:
+    """Longer and shorter requests, of which nothing is found: the same blocks in the same places, last to first."""
+    requests = [
+        Wanted(list(range(at, at + n)), chained=chained)
+        for at, n in ((10, length), (30, 1), (50, 2 * length), (70, 0), (90, length))
+    ]
+    stored = []
+    for tail_first in (False, True):
+        policy = Witness()
+        assert sum(replayed(plain, policy, 50, requests, tail_first=tail_first)) == 0
+        heard = iter([heard for heard in policy.heard if heard[0] == "insert"])
+        stored.append([[next(heard) for _ in request.keys] for request in requests])
+    assert stored[1] == [part[::-1] for part in stored[0]]
+    assert [depth for _, _, parent, depth, _, _ in stored[0][2]] == [
+        4 * i * chained for i in range(2 * length)
+    ]
+
+
 class NamesWhatIsUsed(Witness):
     """Forgets that what was hit is in use."""
 
@@ -196,3 +220,194 @@ def test_an_illegal_victim_is_named(way: Callable[..., Any], policy: Eviction, s
     with pytest.raises(PolicyError, match=says) as caught:
         replayed(way, policy, 2, [Wanted([1, 2]), Wanted([1, 3])])
     assert "\n" not in str(caught.value)
+
+
+# ---- who listens, and what they see of the world ---------------------------------------------------------------------
+
+REPEATED = [Wanted([1, 2], time=10), Wanted([1, 3], time=20), Wanted([1, 2], time=30)]
+
+
+@pytest.mark.parametrize("way", [plain, prefix])
+@pytest.mark.parametrize("observation", ["begin", "miss", "insert"])
+def test_what_nobody_listens_to_is_not_told(
+    way: Callable[..., Any], observation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*_: Any) -> None:
+        raise AssertionError("a call for nothing")
+
+    monkeypatch.setattr(Eviction, observation, told)
+    assert replayed(way, LRU(), 3, REPEATED) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("way", [plain, prefix])
+def test_a_policy_may_listen_with_any_function(way: Callable[..., Any]) -> None:
+    """An observation need not be a method of the class."""
+
+    class Notes(LRU):
+        def reset(self, *, capacity: int) -> None:
+            super().reset(capacity=capacity)
+            self.begun: list[Origin] = []
+            self.missed: list[Any] = []
+            self.stored: list[Block] = []
+            vars(self).update(begin=self.begun.append, miss=self.missed.append, insert=self.stored.append)
+
+    policy = Notes()
+    assert replayed(way, policy, 3, REPEATED) == [0, 1, 2]
+    assert len(policy.begun) == 3
+    assert policy.missed == [1, 2, 3]
+    assert [block.key for block in policy.stored] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("way", [plain, prefix])
+def test_a_view_that_is_not_of_replay_is_left_alone(way: Callable[..., Any]) -> None:
+    mine, nobodys, known = LRU(), LRU(), dict(vars(NOTHING_KNOWN))
+    view = View()
+    mine.attach(view)
+    for policy in (mine, nobodys):
+        policy.reset(capacity=3)
+        assert [n for some in way(REPEATED, policy, 3, block_size=4) for n in some] == [0, 1, 2]
+    assert vars(view) == {}
+    assert vars(NOTHING_KNOWN) == known
+    assert nobodys.view is NOTHING_KNOWN
+
+
+def test_without_a_model_the_view_knows_what_nobody_knows() -> None:
+    """Costs are those of a world where nothing is known, and no time has passed before the first request."""
+    view, block = ReplayView(), Block(0, size=16)
+    block.depth = 48
+    assert view.now == NOTHING_KNOWN.now
+    assert view.recompute_flops(block) == NOTHING_KNOWN.recompute_flops(block) == 16
+    assert view.bytes_per_token == NOTHING_KNOWN.bytes_per_token
+    measured = ReplayView(3.0, 5.0, 7.0)
+    assert measured.recompute_flops(block) == 16 * (3 + 5 * (48 + 17 / 2))
+    assert measured.bytes_per_token == 7
+
+
+# ---- places ----------------------------------------------------------------------------------------------------------
+
+
+class Places(Eviction):
+    """Put in front of a policy: every content has a place of its own, and a policy that divides is told the truth."""
+
+    def reset(self, *, capacity: int) -> None:
+        super().reset(capacity=capacity)
+        self.capacity = capacity
+        self.lying: dict[int, Block] = {}
+        self.gone: set[Block] = set()
+        self.announced = 0
+
+    def insert(self, block: Block) -> None:
+        assert block.index in range(self.capacity)
+        assert block.index not in self.lying, f"{block} lies where {self.lying[block.index]} lies"
+        assert block.fill == 4
+        self.lying[block.index] = block
+        self.gone.discard(block)
+        assert all(other.ref_count in (0, 1) for other in self.lying.values()), "one request runs at a time"
+        self.announced -= self.partitioned
+        super().insert(block)
+
+    def remove(self, block: Block) -> None:
+        assert self.lying.pop(block.index) is block
+        self.gone.add(block)
+        super().remove(block)
+
+    def victims_for(self, origin: Origin, n: int, free: int, protected: Any = ()) -> list[Block] | None:
+        assert free == self.capacity - len(self.lying)
+        assert not self.announced, "what was announced was not stored"
+        self.announced = n
+        return super().victims_for(origin, n, free, protected)
+
+
+class PlacesOfOne(Places, LRU):
+    pass
+
+
+class PlacesOfTenants(Places, Quota):
+    pass
+
+
+class Sweeping(LRU):
+    """A tenant with two released blocks or more gives all of them up before it is given another."""
+
+    partitioned = True
+
+    def limit(self, origin: Origin) -> int:
+        return self._capacity
+
+    def victims_for(self, origin: Origin, n: int, free: int, protected: Any = ()) -> list[Block] | None:
+        own = [block for block in self._order if block.origin == origin]
+        own = own if len(own) > 1 else []
+        others = [block for block in self._order if block not in own]
+        short = n - free - len(own)
+        return [*own, *others[: max(0, short)]] if short <= len(others) else None
+
+
+class PlacesThatAreSwept(Places, Sweeping):
+    pass
+
+
+def wanted(draws: list[tuple[int, int, Origin]]) -> list[Wanted]:
+    """Requests over few stems: the first blocks of one of three sequences, for one of two tenants."""
+    return [
+        Wanted([100 * stem + 10_000 * (origin is B) + i for i in range(length)], time=at, origin=origin)
+        for at, (stem, length, origin) in enumerate(draws)
+    ]
+
+
+streams = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(1, 6), st.sampled_from([A, B])), min_size=1, max_size=30
+).map(wanted)
+
+
+@pytest.mark.parametrize("way", [plain, prefix])
+@settings(max_examples=examples(0.5))
+@given(
+    requests=streams,
+    capacity=st.integers(1, 9),
+    policy=st.sampled_from(
+        [
+            PlacesOfOne(),
+            PlacesThatAreSwept(),
+            PlacesOfTenants(shares="a=0.5"),
+            PlacesOfTenants(shares="a=0.4,b=0.4", reserved=True),
+        ]
+    ),
+)
+def test_every_content_has_a_place_of_its_own(
+    way: Callable[..., Any], requests: list[Wanted], capacity: int, policy: Places
+) -> None:
+    hits = replayed(way, policy, capacity, requests)
+    assert all(n <= len(request.keys) for n, request in zip(hits, requests, strict=True))
+    assert not policy.announced
+    assert all(block.ref_count == 0 and block.key is not None for block in policy.lying.values())
+    assert all(block.ref_count == 0 and block.key is None for block in policy.gone)
+
+
+def test_what_was_given_up_in_advance_is_used_next() -> None:
+    """A tenant that gives up two blocks for one leaves a place over, which is the next that is taken."""
+    policy = PlacesThatAreSwept()
+    requests = [Wanted([1, 2], origin=A), Wanted([3], origin=B), Wanted([4], origin=A), Wanted([5], origin=B)]
+    assert replayed(plain, policy, 3, requests) == [0, 0, 0, 0]
+    assert sorted(block.key or 0 for block in policy.lying.values()) == [3, 4, 5]
+    assert sorted(policy.lying) == [0, 1, 2]
+
+
+class KeepsOut(LRU):
+    """Nothing is given up for tenant b: it has no share, or gets what is free."""
+
+    partitioned = True
+    share: int = 9
+
+    def limit(self, origin: Origin) -> int:
+        return self.share if origin is B else self._capacity
+
+    def victims_for(self, origin: Origin, n: int, free: int, protected: Any = ()) -> list[Block] | None:
+        assert self.limit(origin)
+        return [] if n <= free else None if origin is B else self.victims(n - free)
+
+
+@pytest.mark.parametrize("policy", [KeepsOut(), KeepsOut(share=0)], ids=["nothing given", "no share"])
+def test_where_no_room_can_be_made_the_request_goes_on(policy: KeepsOut) -> None:
+    """What finds no room is missed every time; the blocks after it are looked up all the same."""
+    requests = [Wanted([1, 2], origin=A), *[Wanted([5, 2, 6, 1], origin=B)] * 2, Wanted([3, 2], origin=A)]
+    assert replayed(plain, policy, 2, requests) == [0, 2, 2, 0]

@@ -82,6 +82,14 @@ def test_a_reserved_share_is_a_tier_of_its_own(
     assert {name: together[name] for name in alone} == alone
 
 
+@pytest.mark.parametrize("semantics", ["plain", "prefix"])
+def test_a_reserved_share_of_no_block_keeps_nothing(semantics: str) -> None:
+    """A tenth of nine blocks is none; the other tenants' blocks are theirs, also while they are free."""
+    requests = [Request(request_id=f"{salt}{i}", prompt=[7], salt=salt) for i in range(3) for salt in "ab"]
+    found = hits(requests, Quota(shares="a=0.1", reserved=True), 9, semantics)
+    assert found == {"a0": 0, "b0": 0, "a1": 0, "b1": 1, "a2": 0, "b2": 1}
+
+
 def test_shares_that_are_not_reserved_lend_what_is_unused() -> None:
     """Alone, a tenant has the whole tier; next to one that is over its share, it keeps its own."""
     mine = [Request(request_id=f"a{i}", prompt=[i % 8], salt="a") for i in range(40)]

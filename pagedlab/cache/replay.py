@@ -93,11 +93,12 @@ def plain(
                     found += 1
                     block.hits += 1
                     hit(block)
-                    block.ref_count = 1
                 else:
                     if miss is not None:
                         miss(key)
                     if divided:
+                        if not policy.limit(origin):
+                            continue
                         given = _give_up_for(origin, 1, capacity - len(resident), policy, resident)
                         if given is None:
                             continue
@@ -181,7 +182,6 @@ def prefix(
                 orphan = find(key)
                 if orphan is not None:
                     policy.remove(orphan)
-                    orphan.key = None
                     spare.append(orphan)
                 block = spare.pop()
                 born += 1
@@ -227,7 +227,7 @@ class _Places:
             starts += range(len(starts) * self._size, 2 * n * self._size, self._size)
         if not self._tail_first:
             return zip(keys, chain((None,), keys), starts)
-        return zip(keys[::-1], chain(keys[-2::-1], (None,)), starts[n - 1 :: -1] if n else ())
+        return zip(keys[::-1], chain(keys[-2::-1], (None,)), starts[n - 1 :: -1])
 
 
 def _listens(policy: Eviction, observation: str) -> bool:

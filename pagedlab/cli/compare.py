@@ -162,7 +162,8 @@ def _replayed(
     """Eviction policies at several sizes on one trace, with the distance to Belady's."""
     from pagedlab import workloads
     from pagedlab.lab.accesses import read_trace
-    from pagedlab.lab.replay import MissRatioCurve, replay
+    from pagedlab.lab.replay import replay
+    from pagedlab.lab.replayed import MissRatioCurve
     from pagedlab.workloads import Workload
 
     if unknown := [name for name in axes if name not in ("eviction", "num_blocks")]:

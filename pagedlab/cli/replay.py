@@ -39,8 +39,8 @@ def replay(
     """Replay a trace's block accesses against one cache, without an engine: miss ratios per policy and size."""
     from pagedlab.lab import page
     from pagedlab.lab.accesses import read_trace
-    from pagedlab.lab.replay import MissRatioCurve, Semantics, TouchOrder
     from pagedlab.lab.replay import replay as replay_trace
+    from pagedlab.lab.replayed import MissRatioCurve, Semantics, TouchOrder
     from pagedlab.workloads import Workload
 
     given: str | Workload | list[int] = trace

@@ -375,7 +375,9 @@ from pagedlab.policies import Kernel
 class @CLASS@(Kernel):
     \"""Attention by the book, for caches of full precision.
 
-    `implementation` names a class with the methods of `pagedlab.kernels.base.PagedAttention`.
+    `implementation` names a class with the methods of `pagedlab.kernels.base.PagedAttention`. One that
+    lacks an option (sinks, a soft cap, ...) leaves it out of the arguments of `attend`; models that need
+    it are then refused.
     \"""
 
     implementation = "pagedlab.kernels.dense:DenseReference"

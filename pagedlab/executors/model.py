@@ -17,7 +17,6 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from transformers import PreTrainedModel
 from pagedlab.costs.shape import ModelShape
 from pagedlab.engine.orders import DISK, TIER_NAMES, Damage, Move, SequenceStep, StepOrders, StepResult
 from pagedlab.errors import ConfigError, InvariantBroken
+from pagedlab.executors.attention import check_options, make_attention
 from pagedlab.executors.disk import BlockFile, SlotFault, Spoils
 from pagedlab.executors.linears import FastPath
 from pagedlab.executors.loading import dtype_name, load_model
@@ -49,7 +49,8 @@ class ModelExecutor:
     much memory again); ``num_threads`` sets torch's pool. ``poison`` fills a fresh cache with NaN, so that a read of a
     slot that nobody wrote cannot go unnoticed (tests).
 
-    Raises `ModelNotServed` or `ConfigError`, in one line, if the model cannot be served.
+    Raises `ModelNotServed` or `ConfigError`, in one line, if the model cannot be served, or not with this kernel (whose
+    ``attend`` has no sinks, say, where the model needs them). A model object then has its own attention back.
     """
 
     def __init__(
@@ -73,8 +74,18 @@ class ModelExecutor:
         self.model: PreTrainedModel = self.loaded.model
         self.device = self.model.device
         self.layout = layout
-        self.kernel = kernel.resolve(str(self.device), dtype_name(self.loaded.dtype))
-        self.attention = _make_attention(self.kernel, layout)
+        try:
+            self.kernel = kernel.resolve(str(self.device), dtype_name(self.loaded.dtype))
+            self.attention = make_attention(self.kernel, layout)
+            self._options = check_options(
+                self.attention,
+                self.loaded.layers.values(),
+                kernel=self.kernel.name or type(self.kernel).__name__,
+                model=self.loaded.name,
+            )
+        except BaseException:
+            self.model.set_attn_implementation(self.loaded.own_attention)
+            raise
         # A GPU kernel's own way to move many blocks of all layers at once, if it has one.
         self._move_blocks = (
             getattr(self.attention, "move_blocks", None) if self.device.type == "cuda" else None
@@ -292,7 +303,7 @@ class ModelExecutor:
                 torch.tensor([tokens], device=self.device),
                 position_ids=torch.tensor([positions], device=self.device),
                 use_cache=False,
-                paged=_PagedStep(self.attention, self._caches, attention),
+                paged=_PagedStep(self.attention, self._options, self._caches, attention),
                 **extra,
             ).logits[0]
         finally:
@@ -333,6 +344,7 @@ class _PagedStep:
     """One step's way from an attention layer to its part of the cache."""
 
     attention: PagedAttention
+    options: frozenset[str]
     caches: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]
     batch: AttentionBatch
 
@@ -351,16 +363,14 @@ class _PagedStep:
         if key is not None and value is not None:
             self.attention.write(key_cache, key, self.batch)
             self.attention.write(value_cache, value, self.batch)
-        return self.attention.attend(
-            query,
-            key_cache,
-            value_cache,
-            self.batch,
-            scale=scale,
-            sliding_window=sliding_window,
-            soft_cap=soft_cap,
-            **({} if sinks is None else {"sinks": sinks}),
-        )
+        options: dict[str, Any] = {}
+        if sliding_window is not None or "sliding_window" in self.options:
+            options["sliding_window"] = sliding_window
+        if soft_cap is not None or "soft_cap" in self.options:
+            options["soft_cap"] = soft_cap
+        if sinks is not None:
+            options["sinks"] = sinks
+        return self.attention.attend(query, key_cache, value_cache, self.batch, scale=scale, **options)
 
     def place(self, module: torch.nn.Module, dtype: torch.dtype) -> Place | None:
         key_cache, value_cache = self.caches[module]
@@ -465,13 +475,6 @@ def _independent(moves: deque[Move]) -> list[Move]:
         read.add(source)
         written.add(target)
     return group
-
-
-def _make_attention(kernel: Kernel, layout: Layout) -> PagedAttention:
-    """Build what ``kernel.implementation`` ("module:attribute") names."""
-    module, _, attribute = kernel.implementation.partition(":")
-    made = getattr(import_module(module), attribute)(layout, **kernel.get_params())
-    return made  # type: ignore[no-any-return]
 
 
 def _shape_of(model: PreTrainedModel) -> ModelShape | None:

@@ -132,6 +132,16 @@ class AttentionLayer:
     soft_cap: float | None
     sinks: bool = False
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Options of `PagedAttention.attend` without which the layer would say something else."""
+        asked = {
+            "sliding_window": self.sliding_window is not None,
+            "soft_cap": self.soft_cap is not None,
+            "sinks": self.sinks,
+        }
+        return frozenset(name for name, needed in asked.items() if needed)
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:

@@ -17,6 +17,7 @@ unused blocks, may hold anything, NaN included: they must never influence an out
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pagedlab.errors import ConfigError
+from pagedlab.policies.kernel import OPTIONS
 from pagedlab.policies.layout import Int32Array, Layout
 
 
@@ -50,6 +53,10 @@ class AttentionBatch:
 class PagedAttention(Protocol):
     """One kernel for one layout. The block is axis 0 of every cache tensor, the rest is the kernel's
     choice.
+
+    ``sliding_window``, ``soft_cap``, ``alibi_slopes`` and ``sinks`` are options. A kernel that lacks one leaves it out
+    of the arguments of ``attend`` and takes no ``**kwargs`` that would swallow it. A model that needs the option is
+    then refused by `ConfigError` when its executor is made, not in the middle of a step.
 
     A kernel for GPUs may also have ``move_blocks(sources, targets, from_blocks, to_blocks)``, which copies block
     ``from_blocks[i]`` of ``sources[t]`` to ``to_blocks[i]`` of ``targets[t]`` for all i and t, within the device or
@@ -94,5 +101,23 @@ class PagedAttention(Protocol):
         Grouped-query heads: query head h reads KV head ``h // (num_heads // num_kv_heads)``. Soft cap c
         replaces a scaled score x by ``c * tanh(x / c)``. ``alibi_slopes`` [num_heads] then takes ``slope * distance``
         from each score (Press et al. 2021). ``sinks`` [num_heads] are scores that take part in the softmax and have no
-        value (Xiao et al. 2023, learned as in gpt-oss). A kernel that lacks one of the two says so by `ConfigError`.
+        value (Xiao et al. 2023, learned as in gpt-oss). None is as if the option were not there; an executor gives
+        ``sliding_window`` and ``soft_cap`` to every kernel that takes them, the others where a layer needs them.
         """
+
+
+def options_of(attention: PagedAttention) -> frozenset[str]:
+    """Return which options a kernel's ``attend`` takes, by its signature; with ``**kwargs`` that is all of them.
+
+    Raises `ConfigError` if a method of `PagedAttention` is missing.
+    """
+    name = type(attention).__name__
+    for method in ("allocate", "write", "attend"):
+        if not callable(getattr(attention, method, None)):
+            raise ConfigError(
+                f"{name} is no attention kernel: it lacks {method}; needed: allocate, write, attend"
+            )
+    parameters = inspect.signature(attention.attend).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return frozenset(OPTIONS)
+    return frozenset(OPTIONS) & {n for n, p in parameters.items() if p.kind is not p.POSITIONAL_ONLY}

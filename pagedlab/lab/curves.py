@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from pagedlab.lab.plots import Figure
 
 if TYPE_CHECKING:
-    from pagedlab.lab.replay import MissRatioCurve
+    from pagedlab.lab.replayed import MissRatioCurve
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"

@@ -18,12 +18,17 @@ from pagedlab.errors import ConfigError
 from pagedlab.policies.base import Policy, param
 from pagedlab.registry import register
 
+OPTIONS = ("sliding_window", "soft_cap", "alibi_slopes", "sinks")
+"""Keyword arguments of `pagedlab.kernels.base.PagedAttention.attend` that an implementation may leave out."""
+
 
 class Kernel(Policy):
     """Contract of an attention kernel choice.
 
     ``implementation`` names the class that does the work, ``dtypes`` what the cache may hold, and ``devices`` where it
-    runs.
+    runs. What it can do besides plain attention is read from the signature of its ``attend``, which names those of
+    ``sliding_window``, ``soft_cap``, ``alibi_slopes`` and ``sinks`` that it has. A model that needs another one is
+    refused by `ConfigError` before the first step.
     """
 
     slot: ClassVar[str] = "kernel"

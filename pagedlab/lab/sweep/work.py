@@ -19,7 +19,8 @@ from pagedlab.errors import ConfigError, WorkloadError
 from pagedlab.lab import session
 from pagedlab.lab.accesses import Accesses, accesses
 from pagedlab.lab.compare import _row
-from pagedlab.lab.replay import Replay, make_eviction, replay
+from pagedlab.lab.replay import make_eviction, replay
+from pagedlab.lab.replayed import Replay
 from pagedlab.lab.results import Run
 from pagedlab.lab.simulate import simulate
 from pagedlab.lab.sweep.identity import described_config, plain

@@ -6,21 +6,25 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from pagedlab.errors import ConfigError, LawBroken
+from pagedlab.policies.kernel import OPTIONS
 from pagedlab.testing.law import Skipped, law
 from pagedlab.testing.subject import Subject
 
 if TYPE_CHECKING:
     import torch
 
-_BATCHES: tuple[tuple[list[tuple[int, int]], dict[str, Any]], ...] = (
+_Batch = tuple[list[tuple[int, int]], dict[str, Any]]
+_BATCHES: tuple[_Batch, ...] = (
     ([(1, 1)], {}),
     ([(3, 3), (1, 9), (2, 5)], {}),
     ([(1, 7), (4, 6)], {"group": 1, "block_size": 1}),
     ([(1, 33), (5, 20), (1, 2)], {"num_kv_heads": 1, "group": 7, "block_size": 16}),
     ([(1, 12), (6, 11)], {"sliding_window": 4, "block_size": 3}),
     ([(2, 8), (1, 17)], {"soft_cap": 1.5, "head_size": 20}),
+    ([(1, 14), (7, 9)], {"alibi_slopes": True, "group": 3}),
+    ([(1, 10), (4, 13)], {"sinks": True}),
 )
-"""Queries and context of each sequence, and what else is particular about the batch."""
+"""Queries and context of each sequence, and what else is particular about the batch. True: a number for each head."""
 _TOLERANCE = 1e-10
 """Relative error in float64; times what float32 has less of precision."""
 
@@ -38,30 +42,82 @@ def check_kernel_unserved_devices_are_refused(subject: Subject) -> None:
 
 @law("kernel")
 def check_kernel_agrees_with_dense(subject: Subject) -> None:
-    """Attention over the blocks equals softmax(QKᵀ)V in float64: ragged, grouped, windowed, soft-capped."""
-    _compare(subject, 0.0)
+    """Attention over the blocks equals softmax(QKᵀ)V in float64: ragged batches, grouped heads, blocks of any size."""
+    _compare(subject, None)
+
+
+@law("kernel")
+def check_kernel_sliding_window_agrees_with_dense(subject: Subject) -> None:
+    """With a window w a query sees the last w tokens and no other, if ``attend`` has ``sliding_window``."""
+    _compare(subject, "sliding_window")
+
+
+@law("kernel")
+def check_kernel_soft_cap_agrees_with_dense(subject: Subject) -> None:
+    """A soft cap c makes each score x to ``c * tanh(x / c)``, if ``attend`` has ``soft_cap``."""
+    _compare(subject, "soft_cap")
+
+
+@law("kernel")
+def check_kernel_alibi_slopes_agree_with_dense(subject: Subject) -> None:
+    """ALiBi takes a head's slope times the distance from each score, if ``attend`` has ``alibi_slopes``."""
+    _compare(subject, "alibi_slopes")
+
+
+@law("kernel")
+def check_kernel_sinks_agree_with_dense(subject: Subject) -> None:
+    """A head's sink takes part in the softmax and has no value, if ``attend`` has ``sinks``."""
+    _compare(subject, "sinks")
 
 
 @law("kernel")
 def check_kernel_unused_slots_cannot_leak(subject: Subject) -> None:
     """NaN in every slot that no query may see changes nothing."""
-    _compare(subject, float("nan"))
-
-
-def _compare(subject: Subject, poison: float) -> None:
     device, dtype, kernel = _place(subject)
+    lacking = set(OPTIONS) - _options(kernel)
     for seed, (lengths, shape) in enumerate(_BATCHES):
-        clean = _error(kernel, device, dtype, lengths, shape, seed, 0.0)
-        limit = _TOLERANCE if dtype == "float64" else 1e-4
-        told = f"contexts of {', '.join(f'{t} tokens, {q} queried' for q, t in lengths)}; {shape or 'plain'}"
-        if poison == 0.0 and not clean <= limit:
-            raise LawBroken(f"{told}: relative error {clean:.2g} in {dtype} on {device}")
-        if (
-            poison != 0.0
-            and clean <= limit
-            and not _error(kernel, device, dtype, lengths, shape, seed, poison) <= limit
+        if lacking.intersection(shape):
+            continue
+        clean, poisoned = (
+            _error(kernel, device, dtype, lengths, shape, seed, poison) for poison in (0.0, float("nan"))
+        )
+        if clean <= _limit(dtype) and not poisoned <= _limit(dtype):
+            raise LawBroken(f"{_told(lengths, shape)}: with NaN in the unused slots the result is another")
+
+
+def _compare(subject: Subject, option: str | None) -> None:
+    """Compare the batches with ``option`` with the textbook, or those without any."""
+    device, dtype, kernel = _place(subject)
+    if option is not None and option not in _options(kernel):
+        raise Skipped(f"attend has no {option}: a model that needs it is refused")
+    for seed, (lengths, shape) in enumerate(_BATCHES):
+        if next((name for name in OPTIONS if name in shape), None) != option:
+            continue
+        error = _error(kernel, device, dtype, lengths, shape, seed, 0.0)
+        if error <= _limit(dtype):
+            continue
+        plain = {name: given for name, given in shape.items() if name != option}
+        if option is not None and not _error(kernel, device, dtype, lengths, plain, seed, 0.0) <= _limit(
+            dtype
         ):
-            raise LawBroken(f"{told}: with NaN in the unused slots the result is another")
+            raise Skipped(f"without {option} the result is wrong already")
+        raise LawBroken(f"{_told(lengths, shape)}: relative error {error:.2g} in {dtype} on {device}")
+
+
+def _told(lengths: list[tuple[int, int]], shape: dict[str, Any]) -> str:
+    return f"contexts of {', '.join(f'{t} tokens, {q} queried' for q, t in lengths)}; {shape or 'plain'}"
+
+
+def _limit(dtype: str) -> float:
+    return _TOLERANCE if dtype == "float64" else 1e-4
+
+
+def _options(kernel: Any) -> frozenset[str]:
+    """Return the options that the ``attend`` of this kernel has."""
+    from pagedlab.kernels.base import options_of
+    from pagedlab.policies.layout import CSR
+
+    return options_of(_implementation(kernel)(CSR(), **kernel.get_params()))
 
 
 def _place(subject: Subject) -> tuple[str, str, Any]:
@@ -100,7 +156,6 @@ def _error(
     heads, group = shape.get("num_kv_heads", 2), shape.get("group", 2)
     size, block_size = shape.get("head_size", 16), shape.get("block_size", 4)
     window = shape.get("sliding_window")
-    options = {"scale": size**-0.5, "sliding_window": window, "soft_cap": shape.get("soft_cap")}
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -134,6 +189,10 @@ def _error(
         )
 
     implementation = _implementation(kernel)(layout, **kernel.get_params())
+    options = {"scale": size**-0.5} | {name: shape[name] for name in OPTIONS if name in shape}
+    for name in ("alibi_slopes", "sinks"):
+        if name in shape:
+            options[name] = draw(heads * group)
     # With a window the beginning of a context is seen by no query: its slots hold anything.
     first = [0 if window is None else max(0, t - q + 1 - window) for q, t in lengths]
     query = draw(sum(q for q, _ in lengths), heads * group, size)
