@@ -297,7 +297,8 @@ class LRU(Eviction):
     def _look(self, least: int) -> None:
         if 8 * len(self._order) < self._capacity:
             self._order = dict(self._order)  # mostly holes
-        self._oldest = list(islice(self._order, max(least, 64, len(self._order) // 4)))[::-1]
+        self._oldest = list(islice(self._order, max(least, 64, len(self._order) // 4)))
+        self._oldest.reverse()
         self._looks += 1
 
     def hit_all(self, blocks: Sequence[Block]) -> None:
