@@ -38,7 +38,7 @@ if not (GPU or interpreted()):
 from pagedlab.kernels.scaled import scales_of  # noqa: E402
 from pagedlab.kernels.triton.formats import LARGEST, format_on  # noqa: E402
 from pagedlab.kernels.triton.moves import gather_blocks, move_blocks, scatter_blocks  # noqa: E402
-from pagedlab.kernels.triton.paged import TritonPagedAttention  # noqa: E402
+from pagedlab.kernels.triton.paged import TritonPagedAttention, _processors  # noqa: E402
 from pagedlab.kernels.triton.shapes import Shape  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -202,6 +202,11 @@ def test_pieces_follow_the_batch_unless_it_is_invariant():
     short, whole, least = lengths(free)
     assert least <= short < whole == 4096
     assert all(lengths(fixed, launch) == [128] * 3 for launch in shape.decode)
+    # One piece would give each multiprocessor a program; as many pieces are cut as programs are wanted.
+    rule, each = shape.decode[0], _processors(DEVICE)
+    for wanted in (1, 2, 8):
+        launch = rule._replace(programs=wanted)
+        assert free.split_len(4096, each, shape, launch, DEVICE) == 4096 // wanted
 
 
 def test_equal_inputs_give_equal_bits():

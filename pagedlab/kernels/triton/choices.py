@@ -101,7 +101,7 @@ class Choices:
 def choices_of_process(stamp: str) -> Choices | None:
     """Return the choices that all kernels of this process share; None if `PAGEDLAB_TUNING` says ``off``."""
     named = os.environ.get("PAGEDLAB_TUNING", "")
-    if named == "off":
+    if named.lower() == "off":
         return None
     return _shared(Path(named).expanduser() if named else cache_folder() / FILE, stamp)
 

@@ -386,15 +386,27 @@ class TritonPagedAttention:
         return round_up(-(-visible // min(wanted, MOST_SPLITS)), launch.tile)
 
     def _launch(self, kernel: str, work: _Work, shape: Shape, dtype: torch.dtype, block_size: int) -> Launch:
-        """Return how to cut ``work``; if batch-invariant, by nothing that depends on the batch."""
+        """Return how to cut ``work``; the layers of a step that are alike ask once."""
+        if self.tuner.idle:
+            return (shape.decode if kernel == "decode" else shape.prefill)[0]
+        has = (work.soft_cap > 0, work.slopes is not None, work.sinks is not None)
+        alike = (kernel, id(shape), dtype, work.key_cache.shape[1], work.window, has)
+        launch = work.plan.launches.get(alike)
+        if launch is None:
+            features = "+".join(name for name, there in zip(("soft-cap", "slopes", "sinks"), has) if there)
+            launch = self._settled(kernel, work, shape, dtype, block_size, features)
+            work.plan.launches[alike] = launch
+        return launch
+
+    def _settled(
+        self, kernel: str, work: _Work, shape: Shape, dtype: torch.dtype, block_size: int, features: str
+    ) -> Launch:
+        """Return what the tuner says; if batch-invariant, it hears of nothing that depends on the batch."""
         launches, split_len = (shape.decode if kernel == "decode" else shape.prefill), 0
         if self.batch_invariant and kernel == "decode":
             split_len = round_up(self.split_tokens, launches[0].tile)
             launches = shape.in_pieces_of(split_len)
-        if self.tuner.idle:
-            return launches[0]
         query, cache, plan = work.query, work.key_cache, work.plan
-        has = {"soft-cap": work.soft_cap, "slopes": work.slopes is not None, "sinks": work.sinks is not None}
         case = Case(
             device=device_name(query.device),
             kernel=kernel,
@@ -407,7 +419,7 @@ class TritonPagedAttention:
             value_size=shape.constants["VALUE_SIZE"],
             block_size=block_size,
             window=work.window,
-            features="+".join(name for name, there in has.items() if there),
+            features=features,
             split_len=split_len,
         )
         if not self.batch_invariant:

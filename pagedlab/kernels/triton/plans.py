@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from pagedlab.kernels.base import AttentionBatch
 from pagedlab.kernels.scaled import runs_of
+from pagedlab.kernels.triton.shapes import Launch
 
 
 @dataclass(slots=True)
@@ -32,6 +34,8 @@ class Plan:
     order: torch.Tensor
     runs: torch.Tensor
     """Of a quantised cache: tokens by ascending slot, and where each block's begin among them."""
+    launches: dict[Hashable, Launch] = field(default_factory=dict)
+    """How its layers are cut, by what is alike in them."""
     _tiles: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @classmethod

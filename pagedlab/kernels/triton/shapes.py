@@ -1,8 +1,8 @@
 """How attention is cut: rows and keys a tile, warps and stages, by the shape of the heads.
 
 For each shape there is a rule, and a short list of other launches that `tuning` may find to be faster. The rule goes by
-nothing else than the shape: a choice by the batch would change the order of sums with the company. Neither the rule
-nor another launch spills on the GPUs that `resources` compiles for.
+nothing else than the shape: a choice by the batch would change the order of sums with the company. What spills on a GPU
+that `resources` compiles for is not on the list; what wants more shared memory than one has is left out there.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ WRITING = {"num_warps": 1, **FUSED}
 LEAST_ROWS = 16
 """A matrix unit takes 16 rows; a smaller group is padded."""
 LEAST_KEYS = 16
-
-
+DEEP = 5
+"""Stages with which two tiles are under way: keys are found through the table, and either load takes its share."""
 PROGRAMS = 4
 """Programs of `decode` that are wanted on each multiprocessor before contexts are cut into more pieces."""
 
@@ -102,9 +102,11 @@ def _decoding(rule: Launch, roomy: bool, tight: bool) -> Iterator[Launch]:
     yield rule._replace(programs=rule.programs // 2)
     yield rule._replace(programs=2 * rule.programs)
     yield rule._replace(tile=half)
+    yield rule._replace(tile=half, num_stages=DEEP)
     yield rule._replace(tile=half, num_warps=rule.num_warps // 2, num_stages=3)
     if not tight:
         yield rule._replace(num_stages=3)
+        yield rule._replace(num_stages=DEEP)
     if roomy:
         yield rule._replace(num_warps=rule.num_warps // 2)
         yield rule._replace(tile=2 * rule.tile)
@@ -112,8 +114,8 @@ def _decoding(rule: Launch, roomy: bool, tight: bool) -> Iterator[Launch]:
 
 def _prefilling(rule: Launch, roomy: bool, tight: bool) -> Iterator[Launch]:
     yield rule._replace(num_stages=3)
+    yield rule._replace(num_stages=DEEP)
     yield rule._replace(tile=rule.tile // 2)
-    yield rule._replace(rows=rule.rows // 2, num_stages=3)
     if not tight:
         yield rule._replace(rows=rule.rows // 2)
     if roomy:
