@@ -638,6 +638,7 @@ def test_the_benchmark(monkeypatch):
     rows = kernel_gpu.measure(points=[(2, 64)], block_sizes=(16,), rounds=1, device=str(DEVICE))
     paged = [row for row in rows if row["kernel"] == "triton-paged"]
     assert {row["layout"] for row in paged} == {"padded", "csr"}
+    assert {row["launch"] for row in paged} == {"rule"}  # conftest.py says that nothing is tuned
     copy = next(row for row in rows if row["kernel"] == "copy")
     assert copy["ratio_copy"] == 1
     assert max(row["ratio_dense"] for row in rows if row["kernel"].startswith("sdpa")) == 1

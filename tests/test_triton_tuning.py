@@ -28,6 +28,7 @@ if not (GPU or interpreted()):
 
 from test_triton_kernels import attend  # noqa: E402
 
+from pagedlab.bench import kernel_gpu  # noqa: E402
 from pagedlab.bench.kernel_resources import SHAPES  # noqa: E402
 from pagedlab.kernels.triton import choices, paged, tuning  # noqa: E402
 from pagedlab.kernels.triton.choices import TITLE, Choice, Choices  # noqa: E402
@@ -38,7 +39,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "kernel-resources.json"
 LAUNCHES = Shape.of(4, 128, 128, 2).decode
 CASE = Case("a GPU", "decode", "csr", "bfloat16", "model", 4, 8, 128, 128, 16)
-DECODE, MIXED = [(1, 1), (1, 130), (1, 60)], [(33, 40), (1, 20)]
+DECODE, MIXED = [(1, 1), (1, 100)], [(33, 40), (1, 20)]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
@@ -664,6 +665,19 @@ def test_on_a_gpu_it_is_measured(invariant, path):
         choices._shared.cache_clear()
         assert torch.equal(attend(inputs, **params), out)
     assert len(Choices(path, tuning.stamp())) >= 2
+
+
+def test_the_benchmark_says_what_was_chosen(path, monkeypatch):
+    clock = Clock(monkeypatch, prefers(2))
+    for name, size in (("NUM_HEADS", 2), ("NUM_KV_HEADS", 1), ("HEAD_SIZE", 16)):
+        monkeypatch.setattr(kernel_gpu, name, size)
+    caches = torch.zeros(1, 1, 64, 16, device=DEVICE), torch.zeros(1, 1, 64, 16, device=DEVICE)
+    made = kernel_gpu.forms(torch.zeros(1, 2, 16, device=DEVICE), 64, [16], torch.Generator())
+    form = made["triton-paged", "csr", 16]
+    form(*caches)
+    assert clock.asked
+    assert kernel_gpu.chosen(form) == {"launch": str(Shape.of(2, 16, 16, 4).decode[2]), "gain": 2.0}
+    assert kernel_gpu.chosen(made["copy", "contiguous", None]) == {"launch": None, "gain": None}
 
 
 def test_launches_say_what_they_are():
