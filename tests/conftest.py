@@ -27,6 +27,8 @@ os.environ.setdefault("NUMBA_NUM_THREADS", str(max(1, min(2, os.cpu_count() or 1
 # Without a GPU Triton kernels run in its interpreter, which must be known before triton is first imported.
 if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Nor do results depend on what was measured on this machine once.
+os.environ.setdefault("PAGEDLAB_TUNING", "off")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -38,7 +38,8 @@ if not (GPU or interpreted()):
 from pagedlab.kernels.scaled import scales_of  # noqa: E402
 from pagedlab.kernels.triton.formats import LARGEST, format_on  # noqa: E402
 from pagedlab.kernels.triton.moves import gather_blocks, move_blocks, scatter_blocks  # noqa: E402
-from pagedlab.kernels.triton.paged import TritonPagedAttention  # noqa: E402
+from pagedlab.kernels.triton.paged import TritonPagedAttention, _processors  # noqa: E402
+from pagedlab.kernels.triton.shapes import Shape  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 LAYOUTS = [Padded, CSR, TwoLevel, Extents]
@@ -80,7 +81,7 @@ def attend(case: Case, layout=None, *, again: int = 1, **params):
             cache = attention.allocate(
                 case.num_blocks, case.block_size, case.heads, size, dtype=case.dtype, device=DEVICE
             )
-            assert cache.isnan().all()
+            assert (cache.isnan() if cache.is_floating_point() else cache == 255).all()
             seen = torch.cat([c[at:] for c, at in zip(contents, first)]).to(DEVICE)
             attention.write(cache, seen, case.batch(layout, case.slots(first), rows))
             caches.append(cache)
@@ -187,13 +188,25 @@ def test_output_does_not_depend_on_the_company(dtype):
 
 
 def test_pieces_follow_the_batch_unless_it_is_invariant():
-    layout = Padded()
+    layout, shape = Padded(), Shape.of(2, 16, 16, 4)
     free, fixed = (
         TritonPagedAttention(layout),
         TritonPagedAttention(layout, batch_invariant=True, split_tokens=100),
     )
-    assert free.split_len(4096, 1, 64, DEVICE) < free.split_len(4096, 10_000, 64, DEVICE) == 4096
-    assert {fixed.split_len(n, p, 64, DEVICE) for n in (1, 4096) for p in (1, 10_000)} == {128}
+
+    def lengths(attention, launch=shape.decode[0]):
+        return [
+            attention.split_len(n, p, shape, launch, DEVICE) for n, p in ((4096, 1), (4096, 10_000), (1, 1))
+        ]
+
+    short, whole, least = lengths(free)
+    assert least <= short < whole == 4096
+    assert all(lengths(fixed, launch) == [128] * 3 for launch in shape.decode)
+    # One piece would give each multiprocessor a program; as many pieces are cut as programs are wanted.
+    rule, each = shape.decode[0], _processors(DEVICE)
+    for wanted in (1, 2, 8):
+        launch = rule._replace(programs=wanted)
+        assert free.split_len(4096, each, shape, launch, DEVICE) == 4096 // wanted
 
 
 def test_equal_inputs_give_equal_bits():
@@ -625,6 +638,7 @@ def test_the_benchmark(monkeypatch):
     rows = kernel_gpu.measure(points=[(2, 64)], block_sizes=(16,), rounds=1, device=str(DEVICE))
     paged = [row for row in rows if row["kernel"] == "triton-paged"]
     assert {row["layout"] for row in paged} == {"padded", "csr"}
+    assert {row["launch"] for row in paged} == {"rule"}  # conftest.py says that nothing is tuned
     copy = next(row for row in rows if row["kernel"] == "copy")
     assert copy["ratio_copy"] == 1
     assert max(row["ratio_dense"] for row in rows if row["kernel"].startswith("sdpa")) == 1

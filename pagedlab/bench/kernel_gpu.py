@@ -5,6 +5,9 @@ each layout and block size run the flash backend of torch's scaled_dot_product_a
 in both ways to ask it for grouped heads (``ratio_dense`` compares with the faster), flex_attention where it compiles,
 and a copy. Contenders take turns, and go round through buffers that together are larger than the L2 cache. Each is
 captured as a CUDA graph where that can be done (``graph``), so that the GPU is measured and not the Python around it.
+
+`triton-paged` is tuned first: ``launch`` is what it chose, ``gain`` how many times as fast as the rule that was. The
+choices go where a run finds them; ``PAGEDLAB_TUNING=off`` measures the rule.
 """
 
 from __future__ import annotations
@@ -14,14 +17,19 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from pagedlab.bench.kernel import decode_batch
+from pagedlab.kernels.base import AttentionBatch
 from pagedlab.policies.layout import CSR, Layout, Padded
+
+if TYPE_CHECKING:
+    from pagedlab.kernels.triton.paged import TritonPagedAttention
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 32, 8, 128
 SCALE = HEAD_SIZE**-0.5
@@ -31,6 +39,21 @@ POINTS = ((1, 32_768), (16, 1024), (16, 8192), (64, 2048), (256, 1024))
 Event: Any = torch.cuda.Event
 Form = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """A contender: attention (or a copy) over keys and values [num_seqs, num_kv_heads, context_len, head_size]."""
+
+
+@dataclass
+class Paged:
+    """The contender `triton-paged`."""
+
+    attention: TritonPagedAttention
+    query: torch.Tensor
+    shape: tuple[int, ...]
+    batch: AttentionBatch
+
+    def __call__(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attend over keys and values [num_seqs, num_kv_heads, context_len, head_size], cut into blocks."""
+        caches = key.view(self.shape), value.view(self.shape)
+        return self.attention.attend(self.query, *caches, self.batch, scale=SCALE)
 
 
 def forms(
@@ -58,9 +81,8 @@ def forms(
 
     def paged(layout: Layout, block_size: int) -> Form:
         batch = decode_batch(layout, num_seqs, context_len, block_size, rng)
-        attention = TritonPagedAttention(layout)
         shape = (num_seqs * context_len // block_size, NUM_KV_HEADS, block_size, HEAD_SIZE)
-        return lambda k, v: attention.attend(query, k.view(shape), v.view(shape), batch, scale=SCALE)
+        return Paged(TritonPagedAttention(layout, autotune=True), query, shape, batch)
 
     made: dict[tuple[str, str, int | None], Form] = {
         ("sdpa enable_gqa", "contiguous", None): with_gqa,
@@ -107,7 +129,8 @@ def measure(
             ]
             query = torch.randn(num_seqs, NUM_HEADS, HEAD_SIZE, dtype=dtype, device=device)
             timers: dict[tuple[str, str, int | None], tuple[Callable[[], float], bool]] = {}
-            for key, form in forms(query, context_len, sizes, rng).items():
+            contenders = forms(query, context_len, sizes, rng)
+            for key, form in contenders.items():
                 try:
                     timers[key] = _timer(form, buffers)
                 except (RuntimeError, NotImplementedError) as error:
@@ -117,8 +140,23 @@ def measure(
                 for key, (timer, _) in timers.items():
                     times[key].append(timer())
             graphs = {key: graph for key, (_, graph) in timers.items()}
-            rows += rows_of(times, graphs, nbytes, dtype, num_seqs, context_len)
+            made = rows_of(times, graphs, nbytes, dtype, num_seqs, context_len)
+            rows += [
+                row | chosen(contenders[row["kernel"], row["layout"], row["block_size"]]) for row in made
+            ]
     return rows
+
+
+def chosen(form: Form) -> dict[str, Any]:
+    """Return the launch that a contender took, and its gain over the rule, where that was a choice."""
+    if not isinstance(form, Paged):
+        return {"launch": None, "gain": None}
+    settled = list(form.attention.tuner.settled.values())
+    return (
+        {"launch": str(settled[0].launch), "gain": settled[0].gain}
+        if settled
+        else {"launch": "rule", "gain": None}
+    )
 
 
 def rows_of(

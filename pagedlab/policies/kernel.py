@@ -98,6 +98,10 @@ class TritonPaged(Kernel):
 
     Decoding cuts long contexts into pieces that run side by side (flash-decoding, Dao et al. 2023). Runs on the CPU
     only in Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
+
+    Tiles, warps and stages follow a rule, unless a file of choices knows better (``PAGEDLAB_TUNING`` names it or says
+    ``off``; else it lies in the folder for caches). ``autotune`` measures what the file does not hold and writes it
+    there, so that the first steps of a new model take longer. Outputs differ in the last bits; one file, one output.
     """
 
     implementation = "pagedlab.kernels.triton.paged:TritonPagedAttention"
@@ -117,6 +121,9 @@ class TritonPaged(Kernel):
         "block",
         choices=("block", "head"),
         help="of fp8 and int8: one for each block and head, or for each head",
+    )
+    autotune: bool = param(
+        False, help="measure tiles and warps where none are chosen yet; else the file of choices, or a rule"
     )
 
     def resolve(self, device: str, dtype: str) -> Kernel:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pagedlab.errors import WorkloadError, nearest
+from pagedlab.folders import cache_folder
 from pagedlab.workloads.catalogue import DATASETS, Dataset
 
 _TIMEOUT = 30
@@ -52,15 +53,6 @@ class Found(NamedTuple):
 
     path: Path
     format: str
-
-
-def cache_folder() -> Path:
-    """Return the folder that ``pagedlab data fetch`` fills."""
-    if given := os.environ.get("PAGEDLAB_CACHE"):
-        return Path(given)
-    import pooch
-
-    return Path(pooch.os_cache("pagedlab"))
 
 
 def data_folder() -> Path | None:

@@ -10,7 +10,9 @@
 | `cache_write` | new keys and values to their slots, with or without rotary embedding |
 | `quantised`, `formats` | fp8 and int8: numbers to bytes and back, scales that travel with their block |
 | `blocks`, `moves` | blocks of many layers copied, gathered or scattered in one launch; swaps through staging |
-| `shapes` | tiles, warps and stages by the shape of the heads |
+| `plans` | a batch on the device |
+| `shapes` | tiles, warps and stages by the shape of the heads: a rule, and what else may be faster |
+| `tuning`, `choices` | which of those is taken: measured once a case, kept in a file |
 | `resources` | every kernel compiled ahead of time, without a GPU: registers, stack, spills |
 
 With ``TRITON_INTERPRET=1``, set before triton is first imported, the same functions run on the CPU in Triton's

@@ -3,26 +3,25 @@
 A batch in which every sequence has one query token runs through `decode`, with each context cut into pieces until
 the GPU is full; any other batch through one launch of `prefill`. With ``batch_invariant`` a sequence's output is the
 same bits whoever shares its batch: decoding sequences then always go through `decode`, in pieces of a fixed length.
-In either mode equal inputs give equal bits: there are no atomics, and sums are taken in a fixed order.
+In either mode equal inputs give equal bits: there are no atomics, sums are taken in a fixed order, and `tuning` settles
+once how a case is cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
 
 from pagedlab.errors import ConfigError
 from pagedlab.kernels.base import AttentionBatch
-from pagedlab.kernels.layouts import triton_block_of
-from pagedlab.kernels.scaled import TAIL, allocate_bytes, runs_of, set_head_scales
+from pagedlab.kernels.layouts import device_functions, triton_block_of
+from pagedlab.kernels.scaled import TAIL, allocate_bytes, set_head_scales
 from pagedlab.kernels.triton.cache_write import rotate_and_store, store_tokens
+from pagedlab.kernels.triton.choices import choices_of_process
 from pagedlab.kernels.triton.decode import decode_splits, reduce_splits
 from pagedlab.kernels.triton.formats import (
     FORMATS,
@@ -31,15 +30,15 @@ from pagedlab.kernels.triton.formats import (
     format_on,
 )
 from pagedlab.kernels.triton.moves import move_blocks, on
+from pagedlab.kernels.triton.plans import Plan
 from pagedlab.kernels.triton.prefill import prefill_tiles
 from pagedlab.kernels.triton.quantised import store_quantised
-from pagedlab.kernels.triton.shapes import FUSED, MOST_CHANNELS, WRITING, Shape, round_up
+from pagedlab.kernels.triton.shapes import FUSED, MOST_CHANNELS, WRITING, Launch, Shape, round_up
+from pagedlab.kernels.triton.tuning import Case, Run, Tuner, device_name, sample_batch, stamp
 from pagedlab.policies.layout import Layout
 
 MOST_SPLITS = 64
 """Pieces of a context at most, where they are cut to fill the GPU: joining them is serial."""
-PROGRAMS_PER_PROCESSOR = 4
-"""Programs of `decode` that are wanted on each multiprocessor before contexts are cut into more pieces."""
 INTERPRETED_PROCESSORS = 4
 OPERANDS = {
     torch.float16: tl.float16,
@@ -49,27 +48,18 @@ OPERANDS = {
 }
 
 
-@dataclass(slots=True)
-class _Plan:
-    """A batch on the device, once for all layers."""
+class _Work(NamedTuple):
+    """What `attend` is asked for."""
 
-    batch: AttentionBatch
-    device: torch.device
-    entries: torch.Tensor
-    index: torch.Tensor
-    query_start: torch.Tensor
-    context_lens: torch.Tensor
-    rows: torch.Tensor
-    slots: torch.Tensor
-    decodes: torch.Tensor
-    """Sequences for `decode`."""
-    chunks: list[int]
-    """Sequences for `prefill`, which is cut into tiles when the group is known."""
-    tiles: dict[int, torch.Tensor]
-    """By query tokens a tile: int32 [num_tiles, 2], sequence and first token."""
-    order: torch.Tensor
-    runs: torch.Tensor
-    """Of a quantised cache: tokens by ascending slot, and where each block's begin among them."""
+    query: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    plan: Plan
+    scale: float
+    window: int
+    soft_cap: float
+    slopes: torch.Tensor | None
+    sinks: torch.Tensor | None
 
 
 class TritonPagedAttention:
@@ -77,7 +67,8 @@ class TritonPagedAttention:
 
     ``split_tokens`` is the length of a piece of context if ``batch_invariant``. ``kv_dtype`` "fp8" or "int8" keeps one
     byte a channel and a scale for each block and head, or with ``scales`` "head" one for all blocks of a head, set by
-    the first tokens that are written (what is later larger saturates; int8 then keeps no NaN).
+    the first tokens that are written (what is later larger saturates; int8 then keeps no NaN). ``autotune`` measures
+    how to cut a case that `choices` does not know; see `tuning`.
     """
 
     axis_order: tuple[str, ...] = ("block", "head", "token", "channel")
@@ -90,9 +81,12 @@ class TritonPagedAttention:
         split_tokens: int = 512,
         kv_dtype: str = "model",
         scales: str = "block",
+        autotune: bool = False,
         **params: Any,
     ) -> None:
         self._block_of = triton_block_of(layout)
+        self._layout, self._layout_name = layout, device_functions(layout).triton
+        self.tuner = Tuner(choices_of_process(stamp()), autotune=autotune)
         self.batch_invariant, self.split_tokens = batch_invariant, split_tokens
         self.kv_dtype, self.scales = kv_dtype, scales
         self.quantised = kv_dtype != "model"
@@ -100,7 +94,7 @@ class TritonPagedAttention:
             self.axis_order = ("block", "head", "byte")
         self._scaled: set[int] = set()
         """Addresses of caches whose heads have their scales."""
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
 
     def allocate(
         self,
@@ -151,7 +145,7 @@ class TritonPagedAttention:
                 **WRITING,
             )
 
-    def _write_quantised(self, cache: torch.Tensor, new: torch.Tensor, block_size: int, plan: _Plan) -> None:
+    def _write_quantised(self, cache: torch.Tensor, new: torch.Tensor, block_size: int, plan: Plan) -> None:
         _, num_heads, size = new.shape
         if cache.shape[-1] != block_size * size + TAIL:
             raise ConfigError(
@@ -245,18 +239,33 @@ class TritonPagedAttention:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return [num_tokens, num_heads, value_head_size]; see `pagedlab.kernels.base`."""
+        work = _Work(
+            query,
+            key_cache,
+            value_cache,
+            self._on_device(batch, query.device),
+            float(scale),
+            sliding_window or 0,
+            float(soft_cap or 0.0),
+            alibi_slopes,
+            sinks,
+        )
+        return self._attend(work)
+
+    def _attend(self, work: _Work, launch: Launch | None = None) -> torch.Tensor:
+        """Do the work, cut as ``launch`` says, or as is chosen for it."""
+        query, key_cache, value_cache, plan = work[:4]
         num_tokens, num_heads, size = query.shape
         num_kv_heads, value_size = value_cache.shape[1], value_cache.shape[-1]
         dtype, form, tail = key_cache.dtype, 0, 0
-        block_size, key_scales, value_scales = key_cache.shape[2], None, None
+        block_size, key_scales, value_scales = plan.batch.block_size, None, None
         if self.quantised:
             dtype, form, tail = query.dtype, FORMATS[format_on(self.kv_dtype, query.device)], TAIL
-            block_size, value_size = batch.block_size, (value_size - TAIL) // batch.block_size
+            value_size = (value_size - TAIL) // block_size
             key_scales, value_scales = key_cache.view(torch.float32), value_cache.view(torch.float32)
         out = torch.empty(num_tokens, num_heads, value_size, dtype=query.dtype, device=query.device)
         if num_tokens == 0:
             return out
-        plan = self._on_device(batch, query.device)
         shape = Shape.of(num_heads // num_kv_heads, size, value_size, dtype.itemsize, self.quantised)
         query = _by_channel(query.to(dtype))
         sources = (
@@ -265,8 +274,8 @@ class TritonPagedAttention:
             _whole(value_cache),
             key_scales,
             value_scales,
-            alibi_slopes,
-            sinks,
+            work.slopes,
+            work.sinks,
             plan.entries,
             plan.index,
         )
@@ -274,9 +283,9 @@ class TritonPagedAttention:
             "block_of": self._block_of,
             "NUM_KV_HEADS": num_kv_heads,
             "BLOCK_SIZE": block_size,
-            "SCALE": float(scale),
-            "WINDOW": sliding_window or 0,
-            "SOFT_CAP": float(soft_cap or 0.0),
+            "SCALE": work.scale,
+            "WINDOW": work.window,
+            "SOFT_CAP": work.soft_cap,
             "TAIL": tail,
             "FORMAT": form,
             "OPERAND": _operand(dtype, query.device),
@@ -285,9 +294,11 @@ class TritonPagedAttention:
         }
         with on(query.device):
             if len(plan.decodes):
-                self._decode(out, sources, plan, shape, constants)
+                chosen = launch or self._launch("decode", work, shape, dtype, block_size)
+                self._decode(out, sources, plan, shape, chosen, constants)
             if plan.chunks:
-                tiles = self._tiles(plan, shape)
+                chosen = launch or self._launch("prefill", work, shape, dtype, block_size)
+                tiles = plan.tiles(chosen.rows // shape.group)
                 prefill_tiles[len(tiles), num_kv_heads](
                     out,
                     *sources,
@@ -297,10 +308,10 @@ class TritonPagedAttention:
                     plan.rows,
                     query.stride(0),
                     query.stride(1),
-                    ROWS=shape.prefill_rows,
-                    TILE=shape.prefill_tile,
+                    ROWS=chosen.rows,
+                    TILE=chosen.tile,
                     **constants,
-                    **shape.prefill_options,
+                    **chosen.options,
                 )
         return out
 
@@ -308,8 +319,9 @@ class TritonPagedAttention:
         self,
         out: torch.Tensor,
         sources: tuple[Any, ...],
-        plan: _Plan,
+        plan: Plan,
         shape: Shape,
+        launch: Launch,
         constants: dict[str, Any],
     ) -> None:
         query, num_decodes = sources[0], len(plan.decodes)
@@ -317,8 +329,8 @@ class TritonPagedAttention:
         visible = plan.batch.max_context_len
         if constants["WINDOW"]:
             # The first piece begins at a whole tile, so that it may hold up to a tile of keys that are out of sight.
-            visible = min(visible, constants["WINDOW"] + shape.decode_tile - 1)
-        split_len = self.split_len(visible, num_decodes * num_kv_heads, shape.decode_tile, out.device)
+            visible = min(visible, constants["WINDOW"] + launch.tile - 1)
+        split_len = self.split_len(visible, num_decodes * num_kv_heads, shape, launch, out.device)
         num_splits = -(-visible // split_len)
         real = torch.float64 if query.dtype == torch.float64 else torch.float32
         parts = sums = None
@@ -338,11 +350,11 @@ class TritonPagedAttention:
             num_splits,
             query.stride(0),
             query.stride(1),
-            ROWS=shape.decode_rows,
-            TILE=shape.decode_tile,
+            ROWS=launch.rows,
+            TILE=launch.tile,
             SPLIT=num_splits > 1,
             **constants,
-            **shape.decode_options,
+            **launch.options,
         )
         if num_splits > 1:
             reduce_splits[num_decodes, num_heads](
@@ -357,60 +369,82 @@ class TritonPagedAttention:
                 NUM_HEADS=num_heads,
                 VALUE_SIZE=value_size,
                 VALUE_PADDED=constants["VALUE_PADDED"],
-                TILE=shape.decode_tile,
+                TILE=launch.tile,
                 WINDOW=constants["WINDOW"],
                 REAL=constants["REAL"],
                 num_warps=1,
                 **FUSED,
             )
 
-    def split_len(self, visible: int, programs: int, tile: int, device: torch.device) -> int:
+    def split_len(
+        self, visible: int, programs: int, shape: Shape, launch: Launch, device: torch.device
+    ) -> int:
         """Return the keys of a piece, where the longest context has ``visible`` and one piece makes ``programs``."""
         if self.batch_invariant:
-            return round_up(self.split_tokens, tile)
-        wanted = -(-PROGRAMS_PER_PROCESSOR * _processors(device) // programs)
-        return round_up(-(-visible // min(wanted, MOST_SPLITS)), tile)
+            return round_up(self.split_tokens, shape.decode[0].tile)
+        wanted = -(-launch.programs * _processors(device) // programs)
+        return round_up(-(-visible // min(wanted, MOST_SPLITS)), launch.tile)
 
-    def _on_device(self, batch: AttentionBatch, device: torch.device) -> _Plan:
-        """Return ``batch`` as `_Plan`; the layers of a step share one."""
+    def _launch(self, kernel: str, work: _Work, shape: Shape, dtype: torch.dtype, block_size: int) -> Launch:
+        """Return how to cut ``work``; the layers of a step that are alike ask once."""
+        if self.tuner.idle:
+            return (shape.decode if kernel == "decode" else shape.prefill)[0]
+        has = (work.soft_cap > 0, work.slopes is not None, work.sinks is not None)
+        alike = (kernel, id(shape), dtype, work.key_cache.shape[1], work.window, has)
+        launch = work.plan.launches.get(alike)
+        if launch is None:
+            features = "+".join(name for name, there in zip(("soft-cap", "slopes", "sinks"), has) if there)
+            launch = self._settled(kernel, work, shape, dtype, block_size, features)
+            work.plan.launches[alike] = launch
+        return launch
+
+    def _settled(
+        self, kernel: str, work: _Work, shape: Shape, dtype: torch.dtype, block_size: int, features: str
+    ) -> Launch:
+        """Return what the tuner says; if batch-invariant, it hears of nothing that depends on the batch."""
+        launches, split_len = (shape.decode if kernel == "decode" else shape.prefill), 0
+        if self.batch_invariant and kernel == "decode":
+            split_len = round_up(self.split_tokens, launches[0].tile)
+            launches = shape.in_pieces_of(split_len)
+        query, cache, plan = work.query, work.key_cache, work.plan
+        case = Case(
+            device=device_name(query.device),
+            kernel=kernel,
+            layout=self._layout_name,
+            dtype=str(dtype).removeprefix("torch."),
+            kv_format=self.kv_dtype,
+            group=shape.group,
+            num_kv_heads=cache.shape[1],
+            size=shape.constants["SIZE"],
+            value_size=shape.constants["VALUE_SIZE"],
+            block_size=block_size,
+            window=work.window,
+            features=features,
+            split_len=split_len,
+        )
+        if not self.batch_invariant:
+            num_seqs = len(plan.decodes) or len(plan.chunks)
+            case = case.among(num_seqs, len(query), plan.batch.max_context_len)
+
+        def prepare() -> Run:
+            sample = work._replace(
+                plan=self._planned(sample_batch(case, self._layout, len(cache)), query.device)
+            )
+            num_tokens = len(sample.plan.slots)
+            sample = sample._replace(query=torch.ones_like(query[:1]).repeat(num_tokens, 1, 1))
+            return lambda launch: self._attend(sample, launch)
+
+        return self.tuner.launch(case, launches, prepare, query.device)
+
+    def _on_device(self, batch: AttentionBatch, device: torch.device) -> Plan:
+        """Return ``batch`` as a `Plan`; the layers of a step share one."""
         plan = self._plan
-        if plan is not None and plan.batch is batch and plan.device == device:
-            return plan
-        counts = np.diff(batch.query_start)
-        alone = self.batch_invariant or batch.max_query_len <= 1
-        decodes = np.flatnonzero(counts == 1) if alone else np.empty(0, np.int64)
-        chunks = np.flatnonzero(counts > (1 if alone else 0))
-        nothing = np.empty(0, np.int64)
-        order, runs = runs_of(batch.slots, batch.block_size) if self.quantised else (nothing, nothing)
-        index, query_start, context_lens, rows, sequences, by_slot, begins = _arrays_on(
-            device, batch.index, batch.query_start, batch.context_lens, batch.rows, decodes, order, runs
-        )
-        plan = _Plan(
-            batch=batch,
-            device=device,
-            entries=torch.from_numpy(batch.entries).to(device),
-            index=index,
-            query_start=query_start,
-            context_lens=context_lens,
-            rows=rows,
-            slots=torch.from_numpy(batch.slots).to(device),
-            decodes=sequences,
-            chunks=chunks.tolist(),
-            tiles={},
-            order=by_slot,
-            runs=begins,
-        )
-        self._plan = plan
+        if plan is None or plan.batch is not batch or plan.device != device:
+            plan = self._plan = self._planned(batch, device)
         return plan
 
-    def _tiles(self, plan: _Plan, shape: Shape) -> torch.Tensor:
-        step = shape.prefill_rows // shape.group
-        tiles = plan.tiles.get(step)
-        if tiles is None:
-            counts = np.diff(plan.batch.query_start)
-            pairs = [(s, at) for s in plan.chunks for at in range(0, int(counts[s]), step)]
-            tiles = plan.tiles[step] = torch.tensor(pairs, dtype=torch.int32, device=plan.device)
-        return tiles
+    def _planned(self, batch: AttentionBatch, device: torch.device) -> Plan:
+        return Plan.of(batch, device, invariant=self.batch_invariant, quantised=self.quantised)
 
     def move_blocks(
         self,
@@ -421,14 +455,6 @@ class TritonPagedAttention:
     ) -> None:
         """Copy block ``from_blocks[i]`` of ``sources[t]`` to ``to_blocks[i]`` of ``targets[t]``; see `moves`."""
         move_blocks(sources, targets, from_blocks, to_blocks)
-
-
-def _arrays_on(device: torch.device, *arrays: NDArray[Any]) -> list[torch.Tensor]:
-    """Send int32 arrays in one transfer; each begins at 16 bytes, so that kernels are compiled for one alignment."""
-    padded = [np.pad(a.astype(np.int32, copy=False), (0, -len(a) % 4)) for a in arrays]
-    joined = torch.from_numpy(np.concatenate(padded)).to(device)
-    starts = np.cumsum([0] + [len(a) for a in padded]).tolist()
-    return [joined[start : start + len(array)] for start, array in zip(starts, arrays)]
 
 
 def _by_channel(x: torch.Tensor) -> torch.Tensor:

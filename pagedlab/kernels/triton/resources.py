@@ -2,7 +2,7 @@
 
 `compile_kernels` answers with registers a thread, stack and spilled registers as the assembler counts them:
 ``cuobjdump -res-usage`` on NVIDIA's cubin, the metadata of AMD's assembly. A spill costs memory traffic in the inner
-loop, so the defaults of `shapes` have none. Needs a process without ``TRITON_INTERPRET``.
+loop, so the launches of `shapes` have none. Needs a process without ``TRITON_INTERPRET``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from pagedlab.kernels.scaled import TAIL
 from pagedlab.kernels.triton import blocks, cache_write, decode, prefill, quantised, tables
 from pagedlab.kernels.triton.formats import FORMATS, QUANTISED_CHUNK
 from pagedlab.kernels.triton.moves import CHUNK
-from pagedlab.kernels.triton.shapes import FUSED, WRITING, Shape
+from pagedlab.kernels.triton.shapes import FUSED, WRITING, Launch, Shape
 from pagedlab.policies.kernel import interpreted
 
 
@@ -70,6 +70,8 @@ class Build:
     pointers: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, Any]
+    launch: Launch | None = None
+    """Of `decode` and `prefill`."""
 
 
 def builds(
@@ -82,8 +84,9 @@ def builds(
     block_size: int = 16,
     layout: str = "csr",
     features: bool = False,
+    every_launch: bool = False,
 ) -> Iterator[Build]:
-    """Yield every kernel for one shape, with the tiles that `TritonPagedAttention` would use on ``target``.
+    """Yield every kernel for one shape, with the rule's launches, or with ``every_launch`` that may be chosen.
 
     ``features`` adds a sliding window, a soft cap, ALiBi slopes and sinks. Of a cache in one byte a channel
     (``kv_dtype`` "fp8" or "int8") only the kernels that differ are yielded.
@@ -114,18 +117,14 @@ def builds(
             tensors |= dict.fromkeys(names, "*fp32")
         else:
             common |= dict.fromkeys(names)
-    decode_options = {**common, "ROWS": shape.decode_rows, "TILE": shape.decode_tile, "SPLIT": True}
-    prefill_options = {**common, "ROWS": shape.prefill_rows, "TILE": shape.prefill_tile}
-    yield Build(
-        "decode",
-        decode.decode_splits,
-        {**tensors, **parts, "sequences": "*i32"},
-        decode_options,
-        shape.decode_options,
-    )
-    yield Build(
-        "prefill", prefill.prefill_tiles, {**tensors, "tiles": "*i32"}, prefill_options, shape.prefill_options
-    )
+    for launch in _compiled(shape.decode, every_launch):
+        cut = {"ROWS": launch.rows, "TILE": launch.tile, "SPLIT": True}
+        pointers = {**tensors, **parts, "sequences": "*i32"}
+        yield Build("decode", decode.decode_splits, pointers, {**common, **cut}, launch.options, launch)
+    for launch in _compiled(shape.prefill, every_launch):
+        cut = {"ROWS": launch.rows, "TILE": launch.tile}
+        pointers = {**tensors, "tiles": "*i32"}
+        yield Build("prefill", prefill.prefill_tiles, pointers, {**common, **cut}, launch.options, launch)
     padded = triton.next_power_of_2(head_size)
     if form:
         yield Build(
@@ -158,7 +157,7 @@ def builds(
             "NUM_HEADS": 8 * group,
             "VALUE_SIZE": head_size,
             "VALUE_PADDED": shape.constants["VALUE_PADDED"],
-            "TILE": shape.decode_tile,
+            "TILE": shape.decode[0].tile,
             "WINDOW": common["WINDOW"],
             "REAL": real,
         },
@@ -202,6 +201,11 @@ def builds(
     )
 
 
+def _compiled(launches: Sequence[Launch], every_launch: bool) -> list[Launch]:
+    """Return those ``launches`` whose code differs, or the rule alone."""
+    return list(dict.fromkeys(x._replace(programs=0) for x in launches)) if every_launch else [launches[0]]
+
+
 def compile_kernel(build: Build, target: str) -> dict[str, Any]:
     """Compile for ``target``; return ``registers`` a thread, ``stack``, ``spills``, ``shared`` and ``shared_limit``.
 
@@ -227,19 +231,26 @@ def compile_kernel(build: Build, target: str) -> dict[str, Any]:
 
 
 def compile_kernels(
-    targets: Iterable[str] = tuple(TARGETS), shapes: Iterable[dict[str, Any]] = ({},)
+    targets: Iterable[str] = tuple(TARGETS),
+    shapes: Iterable[dict[str, Any]] = ({},),
+    *,
+    every_launch: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return a row per target, shape and kernel; ``shapes`` are arguments of `builds`."""
+    """Return a row per target, shape, kernel and launch; ``shapes`` are arguments of `builds`."""
     given = list(shapes)
     rows = []
     for target in targets:
         _check(target)
         for shape in given:
             full = {**DEFAULTS, **shape}
-            for build in builds(target=target, **full):
-                row = {"target": target, "kernel": build.kernel, **full}
+            for build in builds(target=target, every_launch=every_launch, **full):
+                row = {"target": target, "kernel": build.kernel, "launch": _text(build.launch), **full}
                 rows.append({**row, **compile_kernel(build, target)})
     return rows
+
+
+def _text(launch: Launch | None) -> str | None:
+    return None if launch is None else str(launch._replace(programs=0))
 
 
 def _check(target: str) -> None:
