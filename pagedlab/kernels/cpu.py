@@ -266,6 +266,10 @@ def _view(tensor: torch.Tensor) -> NDArray[Any]:
     return (tensor if bits is None else tensor.view(bits)).detach().numpy()
 
 
+STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""What the bytes of a cache are, by ``kv_dtype``."""
+
+
 class CPUPagedAttention:
     """Decode and chunked prefill straight from the blocks, for caches of float32, bfloat16, float16, float64 and int8.
 
@@ -292,7 +296,8 @@ class CPUPagedAttention:
         self._batch_loop = _batch_loop(block_of, digest)
         self.batch_invariant, self.split_tokens = batch_invariant, split_tokens
         self.scales = scales
-        self.quantised = kv_dtype == "int8"
+        self.stored = STORED.get(kv_dtype)
+        self.quantised = self.stored is not None
         self.axis_order: tuple[str, ...] = ("block", "head", "token", "channel")
         if self.quantised:
             self.axis_order = ("block", "head", "byte")
@@ -360,10 +365,12 @@ class CPUPagedAttention:
             value_size = (value_size - TAIL) // block_size
         if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
             raise ValueError("cpu-paged reads cache tensors by address: they must be contiguous")
-        few = many = tile(dtype)
-        if query.dtype == dtype and fits(dtype, size, value_size):
-            computed, many = dtype, wide_tile(dtype)
-            few = many if dtype == torch.bfloat16 else few
+        stored = self.stored or dtype
+        few = many = tile(stored)
+        wide = next((d for d in (query.dtype, real) if fits(d, stored, size, value_size)), None)
+        if wide is not None:
+            computed, many = wide, wide_tile(wide, stored)
+            few = few if stored == torch.float32 else many
         q = query.to(computed).contiguous()
         out = torch.empty(num_tokens, num_heads, value_size, dtype=computed)
         if num_tokens == 0:

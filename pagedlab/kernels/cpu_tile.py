@@ -404,7 +404,7 @@ def tile(dtype: torch.dtype) -> Any:
     The batch loop calls it by address: linked in, it would be optimised again with every layout (seconds each).
     """
     real = types.float64 if dtype == torch.float64 else types.float32
-    cached = {torch.bfloat16: types.uint16, torch.float16: types.int16, torch.uint8: types.int8}.get(
+    cached = {torch.bfloat16: types.uint16, torch.float16: types.int16, torch.int8: types.int8}.get(
         dtype, real
     )
     return cfunc(task_signature(real, cached, real), cache=True, fastmath=_FAST, error_model="numpy")(
