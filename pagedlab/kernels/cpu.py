@@ -41,8 +41,16 @@ from numpy.typing import NDArray
 from pagedlab.errors import ConfigError
 from pagedlab.kernels.base import AttentionBatch
 from pagedlab.kernels.cpu_tile import KEY_TILE, ROW_TILE, tile
+from pagedlab.kernels.cpu_write import write_bytes, write_numbers
 from pagedlab.kernels.layouts import device_functions
-from pagedlab.kernels.scaled import LARGEST_INT8, TAIL, allocate_bytes, runs_of, set_head_scales
+from pagedlab.kernels.scaled import (
+    LARGEST_E4M3,
+    LARGEST_INT8,
+    TAIL,
+    allocate_bytes,
+    runs_of,
+    set_head_scales,
+)
 from pagedlab.kernels.wide import fits, wide_tile
 from pagedlab.policies.layout import Layout
 
@@ -179,58 +187,6 @@ def _join(partial, out, joined, query_start, context_lens, shape, piece):
             at += pieces * rows
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
-def _write(cache, new, slots):
-    block_size = cache.shape[2]
-    for i in range(new.shape[0]):
-        block, offset = slots[i] // block_size, slots[i] % block_size
-        for h in range(new.shape[1]):
-            for d in range(new.shape[2]):
-                cache[block, h, offset, d] = new[i, h, d]
-
-
-@njit(nogil=True, error_model="numpy", cache=True)
-def _as_int8(x):
-    """The nearest whole number to ``x``, to even, up to 127: adding 1.5 * 2**23 leaves no bits for a fraction."""
-    x = x if x > np.float32(-127) else np.float32(-127)
-    x = x if x < np.float32(127) else np.float32(127)
-    return np.int8((x + np.float32(12582912)) - np.float32(12582912))
-
-
-@njit(nogil=True, error_model="numpy", cache=True)
-def _write_int8(cache, scales, new, order, runs, slots, block_size, fixed):
-    """Store ``order[runs[k] : runs[k + 1]]``, the tokens of one block by ascending slot, for all k.
-
-    Tokens from a block's first slot on begin a new scale, others may raise the block's, and what it holds is then
-    rounded again. ``fixed`` keeps all scales. ``scales`` is ``cache`` as float32.
-    """
-    size, place = new.shape[2], scales.shape[2] - 4
-    for run in range(runs.shape[0] - 1):
-        begin, end = runs[run], runs[run + 1]
-        block, held = slots[order[begin]] // block_size, slots[order[begin]] % block_size
-        for head in range(new.shape[1]):
-            scale = scales[block, head, place]
-            if not fixed:
-                old, largest = scale, np.float32(0)
-                for i in range(begin, end):
-                    for d in range(size):
-                        x = abs(new[order[i], head, d])
-                        largest = x if x > largest or x != x else largest  # once NaN, NaN: int8 has none
-                scale = largest / np.float32(127)
-                scale = np.float32(1e-30) if scale < np.float32(1e-30) else scale
-                if held > 0:
-                    scale = old if old > scale or old != old else scale
-                    if scale != old:
-                        for d in range(held * size):
-                            known = np.float32(cache[block, head, d])
-                            cache[block, head, d] = _as_int8(known * (old / scale))
-                scales[block, head, place] = scale
-            for i in range(begin, end):
-                offset = slots[order[i]] % block_size * size
-                for d in range(size):
-                    cache[block, head, offset + d] = _as_int8(new[order[i], head, d] / scale)
-
-
 # --- the implementation ---------------------------------------------------------------------------------------------
 
 # numba's fallback thread pool (workqueue) ends the process when two Python threads enter it at once, and a notebook
@@ -271,12 +227,13 @@ STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 class CPUPagedAttention:
-    """Decode and chunked prefill straight from the blocks, for caches of float32, bfloat16, float16, float64 and int8.
+    """Decode and chunked prefill straight from the blocks, for caches of float32, bfloat16, float16, float64 and bytes.
 
     Arithmetic is float64 for a float64 cache and float32 otherwise. Uses as many threads as torch does
     (``torch.set_num_threads``). ``split_tokens`` is the length of a piece of context if ``batch_invariant``.
-    ``kv_dtype`` "int8" keeps one byte a channel and a scale for each block and head, or with ``scales`` "head" one for
-    all blocks of a head, set by the first tokens that are written (what is later larger saturates, and NaN is lost).
+    ``kv_dtype`` "int8" or "fp8" (e4m3) keeps one byte a channel and a scale for each block and head, or with ``scales``
+    "head" one for all blocks of a head, set by the first tokens that are written (what is later larger saturates; int8
+    then keeps no NaN).
     """
 
     def __init__(
@@ -325,7 +282,7 @@ class CPUPagedAttention:
     def write(self, cache: torch.Tensor, new: torch.Tensor, batch: AttentionBatch) -> None:
         """Store ``new`` [num_tokens, num_kv_heads, head_size] at ``batch.slots``."""
         if not self.quantised:
-            _write(_view(cache), _view(new.to(cache.dtype).contiguous()), batch.slots)
+            write_numbers(_view(cache), _view(new.to(cache.dtype).contiguous()), batch.slots)
             return
         size = new.shape[2]
         if cache.shape[-1] != batch.block_size * size + TAIL:
@@ -334,14 +291,14 @@ class CPUPagedAttention:
             )
         if not len(new):
             return
-        fixed = self.scales == "head"
+        fixed, fp8 = self.scales == "head", self.stored == torch.float8_e4m3fn
         if fixed and cache.data_ptr() not in self._scaled:
-            set_head_scales(cache, new, LARGEST_INT8)
+            set_head_scales(cache, new, LARGEST_E4M3 if fp8 else LARGEST_INT8)
             self._scaled.add(cache.data_ptr())
         order, runs = runs_of(batch.slots, batch.block_size)
         numbers = new.detach().float().contiguous().numpy()
-        in_bytes, in_floats = cache.view(torch.int8).numpy(), cache.view(torch.float32).numpy()
-        _write_int8(in_bytes, in_floats, numbers, order, runs, batch.slots, batch.block_size, fixed)
+        held = cache.numpy(), cache.view(torch.float32).numpy()
+        write_bytes(*held, numbers, order, runs, batch.slots, batch.block_size, fixed, fp8)
 
     def attend(
         self,

@@ -12,8 +12,8 @@ are widened in place, even and odd channels apart (a shift, a mask), and put bac
 a tile are turned, those of the next tile are fetched to the L2 cache, and while its values are summed, the next tile's
 values; after the last tile, the first one of the next head.
 
-A cache of one byte a channel is turned four bytes a word, half the work of bfloat16, and becomes the query's bfloat16 or
-float32 on the way. Scores are multiplied by the scales of the keys' blocks, weights by those of the values'.
+A cache of one byte a channel is turned four bytes a word and becomes the query's bfloat16 or float32 on the way. Scores
+are multiplied by the scales of the keys' blocks, weights by those of the values'.
 
 The loops take float32 as well (a word is one number): chunks of a prompt take 0.7 to 0.8 of the time. Decoding waits
 for memory there, and turning keys costs more than it saves (13 ms for what `cpu_tile` does in 12).
@@ -227,7 +227,7 @@ def wide_tile(dtype: torch.dtype, stored: torch.dtype, fingerprint: int = FINGER
         if not fingerprint:
             return
         num_kv_heads, group, size, value_size = shape[0], shape[1], shape[2], shape[3]
-        block_size, window = shape[4], shape[7]
+        window = shape[7]
         kind, held = _first(query), _first(keys)
         item = 4 // _per_word(held)
         scale, soft_cap = np.float32(reals[0]), np.float32(reals[1])

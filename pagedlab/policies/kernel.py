@@ -79,11 +79,13 @@ class CPUPaged(Kernel):
     )
     kv_dtype: str = param(
         "model",
-        choices=("model", "int8"),
-        help="what the cache holds; int8 halves it or better and changes what is said a little",
+        choices=("model", "fp8", "int8"),
+        help="what the cache holds; fp8 and int8 halve it or better and change what is said a little",
     )
     scales: str = param(
-        "block", choices=("block", "head"), help="of int8: one for each block and head, or for each head"
+        "block",
+        choices=("block", "head"),
+        help="of fp8 and int8: one for each block and head, or for each head",
     )
 
 
