@@ -11,6 +11,7 @@ import torch
 from test_kernels import CPU, TOLERANCE, Case, error
 from test_model_executor import build, logits_of, one, prompts, run
 
+import pagedlab as pl
 from pagedlab.engine.orders import DEVICE, HOST, Move
 from pagedlab.errors import ConfigError
 from pagedlab.executors.model import ModelExecutor
@@ -374,6 +375,20 @@ def test_a_model_with_one_byte_a_channel(kv_dtype):
     far = (logits[1] - logits[0]).norm() / logits[0].norm()
     assert 0 < far < (0.15 if kv_dtype == "int8" else 0.5)
     assert weights[1] < weights[0] / 2
+
+
+@pytest.mark.parametrize("scales", ["block", "head"])
+@both_formats
+def test_the_laws_of_a_kernel_allow_for_what_it_rounds_away(kv_dtype, scales):
+    kernel = CPUPaged(kv_dtype=kv_dtype, scales=scales)
+    rows = {row.check: row.status for row in pl.check_policy(kernel)}
+    assert rows["agrees_with_dense"] == rows["unused_slots_cannot_leak"] == "passed"
+
+    class Exact(CPUPaged):
+        rounding = 0.0
+
+    rows = {row.check: row for row in pl.check_policy(Exact(kv_dtype=kv_dtype), on_fail=None)}
+    assert "relative error 0.0" in rows["agrees_with_dense"].detail
 
 
 def test_what_one_byte_cannot_serve_is_named():
