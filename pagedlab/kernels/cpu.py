@@ -8,7 +8,7 @@ in. A cache tensor is ``[block, head, token, channel]``: the tokens of one block
     block 8   ...
 
 One *task* is one sequence, one KV head and a tile of its query tokens; the tile's rows (query tokens times the query
-heads of the group) share each key that is loaded (`cpu_tile`; `wide` with AVX-512 and bfloat16). Over tiles of keys
+heads of the group) share each key that is loaded (`wide` with AVX-512, else `cpu_tile`). Over tiles of keys
 runs the online softmax (Milakov & Gimelshein 2018; Dao et al. 2022): scores of the tile, a new maximum, the old sums
 rescaled, then one pass over the values. Blocks lie anywhere, so the hardware's own prefetcher stops at the end of each;
 asking for the next ones early is what makes paged decoding as fast as dense and faster.
@@ -59,9 +59,6 @@ TASKS_PER_THREAD = 4
 SHORTEST_PIECE = 512
 """Keys of a piece at least, where contexts are cut to fill the cores: a piece has sums to write and to join."""
 
-MANY_ROWS = 16
-"""Rows (query tokens times heads of the group) from which a sequence is a chunk: sums cost more than memory."""
-
 intrinsic: Any = _numba_intrinsic  # its type speaks of the function given, not of the one that comes back
 
 
@@ -89,7 +86,7 @@ def _batch_loop(block_of: Callable[..., Any], fingerprint: str) -> Callable[...,
 
     @njit(parallel=True, nogil=True, error_model="numpy", cache=True)
     def attend(
-        codes, tensors, shape, reals, query_start, context_lens, rows, entries, index, piece, parts
+        code, tensors, shape, reals, query_start, context_lens, rows, entries, index, piece, parts
     ):  # fmt: skip
         num_kv_heads, group, block_size, window, tile = shape[0], shape[1], shape[4], shape[7], shape[8]
         work = 0
@@ -123,7 +120,7 @@ def _batch_loop(block_of: Callable[..., Any], fingerprint: str) -> Callable[...,
                                     tensors[5], tensors[6], shape.ctypes.data, reals.ctypes.data, head,
                                     query_start[s] + j, n, position, first, end, row if pieces > 1 else -1,
                                 )  # fmt: skip
-                                _call(codes[1] if count * group >= MANY_ROWS else codes[0], arguments)
+                                _call(code, arguments)
                             done += n * (end - first)
                             row += n * group if pieces > 1 else 0
         return fingerprint
@@ -315,7 +312,7 @@ class CPUPagedAttention:
     ) -> torch.Tensor:
         """Return [num_tokens, num_heads, value_head_size]; see `pagedlab.kernels.base`."""
         dtype = key_cache.dtype
-        real = computed = torch.float64 if dtype == torch.float64 else torch.float32
+        real = torch.float64 if dtype == torch.float64 else torch.float32
         num_tokens, num_heads, size = query.shape
         num_kv_heads, block_size, value_size = value_cache.shape[1], batch.block_size, value_cache.shape[-1]
         if self.quantised:
@@ -323,11 +320,9 @@ class CPUPagedAttention:
         if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
             raise ValueError("cpu-paged reads cache tensors by address: they must be contiguous")
         stored = self.stored or dtype
-        few = many = tile(stored)
         wide = next((d for d in (query.dtype, real) if fits(d, stored, size, value_size)), None)
-        if wide is not None:
-            computed, many = wide, wide_tile(wide, stored)
-            few = few if stored == torch.float32 else many
+        task = tile(stored) if wide is None else wide_tile(wide, stored)
+        computed = real if wide is None else wide
         q = query.to(computed).contiguous()
         out = torch.empty(num_tokens, num_heads, value_size, dtype=computed)
         if num_tokens == 0:
@@ -345,7 +340,7 @@ class CPUPagedAttention:
         tensors = [q, key_cache, value_cache, out, partial, slopes, levels]
         launch(
             self._batch_loop,
-            _numbers(few.address, many.address),
+            task.address,
             np.array([0 if x is None else x.data_ptr() for x in tensors], np.int64),
             shape,
             _numbers(float(scale), float(soft_cap or 0.0)),
