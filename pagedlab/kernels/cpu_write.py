@@ -64,25 +64,53 @@ def _as_e4m3(x):
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _number(byte, fp8):
-    """The number that ``byte`` stands for."""
-    if not fp8:
-        return np.float32(np.int8(byte))
-    exponent, bits = (byte >> 3) & 15, byte & 7
-    if exponent == 15 and bits == 7:
-        return np.float32(np.nan)
-    size = np.float32(bits + 8 if exponent > 0 else bits) * np.float32(2.0 ** (max(exponent, 1) - 10))
-    return -size if byte & 0x80 else size
+def _of_e4m3(code):
+    """The number that ``code`` stands for: its bits where float32 has them, and the exponent's bias repaired."""
+    moved = np.int32(((np.int64(np.int8(code)) << 24) >> 4) & ~0x78000000)  # without the copies of the sign
+    return _of_bits(moved) * np.float32(2.0**120) if code & 0x7F != 0x7F else np.float32(np.nan)
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _largest_bits(new, fp8):
+    """The bits of the largest size of ``new``: whole numbers in the order of what they stand for, NaN above all.
+
+    NaN does not count for fp8, which has its own.
+    """
+    largest = np.int32(0)
+    for d in range(new.shape[0]):
+        bits = np.int32(_bits(new[d]) & 0x7FFFFFFF)
+        bits = np.int32(0) if fp8 and bits > 0x7F800000 else bits
+        largest = max(largest, bits)
+    return largest
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def _fitting_scale(largest, fp8):
-    """The scale for numbers up to ``largest``."""
+    """The scale for numbers up to ``largest``: for fp8 a power of two."""
     scale = largest / np.float32(448 if fp8 else 127)
     scale = np.float32(1e-30) if scale < np.float32(1e-30) else scale  # keeps NaN
+    return _of_bits(np.int32((_bits(scale) + 0x7FFFFF) & ~0x7FFFFF)) if fp8 else scale
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _store(held, new, scale, fp8):
     if fp8:
-        return _of_bits(np.int32((_bits(scale) + 0x7FFFFF) & ~0x7FFFFF))  # the power of two above
-    return scale
+        for d in range(new.shape[0]):
+            held[d] = _as_e4m3(new[d] / scale)
+    else:
+        for d in range(new.shape[0]):
+            held[d] = _as_int8(new[d] / scale)
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _store_again(held, factor, fp8):
+    """Round what is held again, to a scale that is larger by ``1 / factor``."""
+    if fp8:
+        for d in range(held.shape[0]):
+            held[d] = _as_e4m3(_of_e4m3(held[d]) * factor)
+    else:
+        for d in range(held.shape[0]):
+            held[d] = _as_int8(np.float32(np.int8(held[d])) * factor)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -95,26 +123,19 @@ def write_bytes(cache, scales, new, order, runs, slots, block_size, fixed, fp8):
     size, place = new.shape[2], scales.shape[2] - 4
     for run in range(runs.shape[0] - 1):
         begin, end = runs[run], runs[run + 1]
-        block, held = slots[order[begin]] // block_size, slots[order[begin]] % block_size
+        block, filled = slots[order[begin]] // block_size, slots[order[begin]] % block_size
         for head in range(new.shape[1]):
-            scale = scales[block, head, place]
+            held, scale = cache[block, head], scales[block, head, place]
             if not fixed:
-                old, largest = scale, np.float32(0)
+                old, largest = scale, np.int32(0)
                 for i in range(begin, end):
-                    for d in range(size):
-                        x = abs(new[order[i], head, d])
-                        # once NaN, NaN: int8 has none of its own
-                        largest = x if x > largest or (x != x and not fp8) else largest
-                scale = _fitting_scale(largest, fp8)
-                if held > 0:
+                    largest = max(largest, _largest_bits(new[order[i], head], fp8))
+                scale = _fitting_scale(_of_bits(largest), fp8)
+                if filled > 0:
                     scale = old if old > scale or old != old else scale
                     if scale != old:
-                        for d in range(held * size):
-                            known = _number(cache[block, head, d], fp8) * (old / scale)
-                            cache[block, head, d] = _as_e4m3(known) if fp8 else _as_int8(known)
+                        _store_again(held[: filled * size], old / scale, fp8)
                 scales[block, head, place] = scale
             for i in range(begin, end):
                 offset = slots[order[i]] % block_size * size
-                for d in range(size):
-                    x = new[order[i], head, d] / scale
-                    cache[block, head, offset + d] = _as_e4m3(x) if fp8 else _as_int8(x)
+                _store(held[offset : offset + size], new[order[i], head], scale, fp8)
