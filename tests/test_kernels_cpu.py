@@ -302,6 +302,20 @@ def test_a_nan_stays_a_nan_in_one_byte(kv_dtype):
 
 
 @both_formats
+def test_a_nan_outlives_what_is_written_later(kv_dtype):
+    """The scale grows and all is rounded again: int8 has lost the head's block, fp8 the one number."""
+    case = Case([(1, 16)], block_size=16)
+    case.keys[0][3, 1, 5] = float("nan")
+    case.keys[0][7:] *= 100
+    cached = Bytes(case, kv_dtype, chunk=7)
+    known, _ = cached.held(cached.caches[0], 0)
+    wanted = torch.zeros(16, 2, 16, dtype=torch.bool)
+    wanted[(slice(None), 1) if kv_dtype == "int8" else (3, 1, 5)] = True
+    assert torch.equal(known.isnan(), wanted)
+    torch.testing.assert_close(known[~wanted], case.keys[0].double()[~wanted], rtol=0.125, atol=2.0)
+
+
+@both_formats
 def test_a_block_that_is_used_again_begins_a_new_scale(kv_dtype):
     case = Case([(1, 16)], block_size=16)
     cached = Bytes(case, kv_dtype)
