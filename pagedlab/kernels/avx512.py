@@ -106,7 +106,10 @@ def _spread(b, one):
 
 @functools.cache
 def _bytes_of_pairs(stored: Any) -> list[Any]:
-    """Lower and upper bytes of the 128 numbers without a sign as bfloat16: two tables of two registers."""
+    """Lower and upper bytes of the 128 numbers without a sign as bfloat16: two tables of two registers.
+
+    For int8's -128, which is never written, there is none.
+    """
     codes = torch.arange(128).to(torch.uint8)
     numbers = codes if stored is types.int8 else codes.view(torch.float8_e4m3fn)
     tables = numbers.to(torch.bfloat16).view(torch.uint8).view(2, 64, 2).permute(2, 0, 1)

@@ -8,10 +8,10 @@ in. A cache tensor is ``[block, head, token, channel]``: the tokens of one block
     block 8   ...
 
 One *task* is one sequence, one KV head and a tile of its query tokens; the tile's rows (query tokens times the query
-heads of the group) share each key that is loaded (`wide` with AVX-512, else `cpu_tile`). Over tiles of keys
-runs the online softmax (Milakov & Gimelshein 2018; Dao et al. 2022): scores of the tile, a new maximum, the old sums
-rescaled, then one pass over the values. Blocks lie anywhere, so the hardware's own prefetcher stops at the end of each;
-asking for the next ones early is what makes paged decoding as fast as dense and faster.
+heads of the group) share each key that is loaded (`wide` with AVX-512, else `cpu_tile`). Over tiles of keys runs the
+online softmax (Milakov & Gimelshein 2018; Dao et al. 2022): scores of the tile, a new maximum, the old sums rescaled,
+then one pass over the values. Blocks lie anywhere, so the hardware's own prefetcher stops at the end of each; asking
+for the next ones early is what makes paged decoding as fast as dense and faster.
 
 Few long sequences leave threads without work, so their contexts are cut into pieces, one task each, and the pieces'
 sums joined (split-KV; flash-decoding, Dao et al. 2023). How many pieces depends on the batch and the threads: equal

@@ -252,9 +252,6 @@ def wide_tile(dtype: torch.dtype, stored: torch.dtype, fingerprint: int = FINGER
                 q[r * size + d] = source[d]
         for d in range(rows * value_size):
             acc[d] = _ZERO
-        for t in range(KEYS):
-            key_scales[t] = _ONE
-
         caches = _address(keys), _address(values)
         _places(blocks, first, end, shape, head, item, *caches, key_next, value_next)
         for tile in range(first, end, KEYS):
