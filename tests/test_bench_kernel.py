@@ -188,24 +188,26 @@ def test_peers_have_rows_of_their_own(everything):
         assert by["cpu-paged", "float32"]["ratio_gather"] > 1
         assert by["gather-batch", "float32"]["ratio_gather_batch"] == 1
         assert by["cpu-paged", "int8"]["gb_per_s"] > 0
+        assert by["cpu-paged", "fp8"]["gb_per_s"] > 0
 
 
-def test_one_byte_is_a_share_of_bandwidth_by_its_own_bytes():
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_one_byte_is_a_share_of_bandwidth_by_its_own_bytes(kv_dtype):
     cold = {
         ("sdpa enable_gqa", "contiguous", None, None): [4.0],
         ("copy", "contiguous", None, None): [1.0],
         ("gather-sdpa", "padded", 16, "random"): [20.0],
-        ("cpu-paged int8", "padded", 16, "random"): [2.0],
+        (f"cpu-paged {kv_dtype}", "padded", 16, "random"): [2.0],
     }
     *_, row = kernel_grid._rows(cold, {key: [] for key in cold}, 8 * 10**9, 4)
-    assert (row["kernel"], row["dtype"]) == ("cpu-paged", "int8")
+    assert (row["kernel"], row["dtype"]) == ("cpu-paged", kv_dtype)
     assert (row["gb_per_s"], row["ratio_dense"], row["ratio_copy"], row["ratio_gather"]) == (1, 2, 0.125, 10)
 
 
 def test_gather_reads_whole_contexts_and_one_byte_what_was_written():
     rng = torch.Generator().manual_seed(2)
     query = torch.randn(2, kernel.NUM_HEADS, kernel.HEAD_SIZE, generator=rng)
-    one = kernel_peers.int8_form(query, make("layout", "csr"), 64, 16, rng, 0)
+    one = kernel_peers.byte_form("fp8", query, make("layout", "csr"), 64, 16, rng, 0)
     k = torch.zeros(2, kernel.NUM_KV_HEADS, 64, kernel.HEAD_SIZE)
     assert one(k, k).isfinite().all()
     v = torch.randn(2, 64, kernel.NUM_KV_HEADS, kernel.HEAD_SIZE, generator=rng)

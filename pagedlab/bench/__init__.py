@@ -6,3 +6,6 @@ engine on a virtual clock). `figures` draws some of it.
 Each module has a ``main(json)`` that the command line calls. Contenders run side by side in one process, alternating;
 medians and ratios are reported.
 """
+
+ONE_BYTE = ("int8", "fp8")
+"""Dtypes of `kernel_grid`'s rows over caches of one byte a channel."""

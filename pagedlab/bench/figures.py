@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter
 
+from pagedlab.bench import ONE_BYTE
 from pagedlab.lab.plots import Figure
 
 COLOURS = {"padded": "#0072B2", "csr": "#D55E00", "two-level": "#009E73", "extents": "#CC79A7"}
@@ -66,7 +67,7 @@ def of_kernel(rows: Iterable[Mapping[str, Any]]) -> Figure:
     paged = [
         row
         for row in rows
-        if row["kernel"] == "cpu-paged" and row["blocks"] == "random" and row.get("dtype") != "int8"
+        if row["kernel"] == "cpu-paged" and row["blocks"] == "random" and row.get("dtype") not in ONE_BYTE
     ]
     points = list(dict.fromkeys((row["num_seqs"], row["context_len"]) for row in paged))
     figure = Figure(figsize=(0.8 + 3.1 * len(points), 3.5), layout="constrained")
@@ -99,7 +100,9 @@ def of_grid(rows: Iterable[Mapping[str, Any]]) -> Figure:
     rows = [row for row in rows if "phase" in row]
     decode = [row for row in rows if row["phase"] == "decode" and row.get("gb_per_s")]
     prefill = [row for row in rows if row["phase"] == "prefill" and row["kernel"] == "cpu-paged"]
-    columns = list(dict.fromkeys((row["dtype"], row["threads"]) for row in rows if row["dtype"] != "int8"))
+    columns = list(
+        dict.fromkeys((row["dtype"], row["threads"]) for row in rows if row["dtype"] not in ONE_BYTE)
+    )
     figure = Figure(figsize=(1 + 4.6 * len(columns), 9.5), layout="constrained")
     axes = figure.subplots(3, len(columns), squeeze=False, sharey="row")
     for (dtype, threads), (ratios, speeds, chunks) in zip(columns, axes.T):

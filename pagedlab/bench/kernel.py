@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from pagedlab.bench import ONE_BYTE
 from pagedlab.errors import ConfigError
 from pagedlab.kernels.base import AttentionBatch
 from pagedlab.policies.layout import Layout
@@ -146,7 +147,7 @@ def main(json: bool = False) -> list[dict[str, Any]]:
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return, by dtype and threads, what the paged kernel reaches at worst, in the middle, and at 16 x 1,024."""
-    rows = [row for row in rows if row.get("kernel") in ("cpu-paged", None) and row["dtype"] != "int8"]
+    rows = [row for row in rows if row.get("kernel") in ("cpu-paged", None) and row["dtype"] not in ONE_BYTE]
     found = []
     for dtype, threads in dict.fromkeys((row["dtype"], row["threads"]) for row in rows if "phase" in row):
         mine = [row for row in rows if (row["dtype"], row["threads"]) == (dtype, threads)]

@@ -7,8 +7,8 @@ rounds' ratios. ``gb_per_s`` counts keys and values (for the copy: bytes read pl
 
 Beside them, on some points (`pagedlab.bench.kernel_peers`): `gather-sdpa`, which copies each context together first
 (``ratio_gather`` compares with it; ``ratio_gather_batch`` with copying the whole batch's at once), torch's compiled
-flex_attention over a paged cache, and `cpu-paged` over a cache of one byte a channel (dtype int8; ``ratio_dense`` still
-compares with dense attention over the dtype of the point).
+flex_attention over a paged cache, and `cpu-paged` over caches of one byte a channel (dtype int8 and fp8;
+``ratio_dense`` still compares with dense attention over the dtype of the point).
 
 Cold: each call reads the next stretch of a pool that is larger than the last-level cache. Warm (columns ``_warm``):
 each call is timed right after another on the same stretch; None where a stretch is larger than ``warm_bytes``.
@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from pagedlab.bench import ONE_BYTE
 from pagedlab.bench.kernel import (
     HEAD_SIZE,
     NUM_HEADS,
@@ -38,7 +39,7 @@ from pagedlab.bench.kernel import (
     dense_forms,
     threads_of,
 )  # fmt: skip
-from pagedlab.bench.kernel_peers import PAGE, flex_form, gather_batch_form, gather_form, int8_form
+from pagedlab.bench.kernel_peers import PAGE, byte_form, flex_form, gather_batch_form, gather_form
 from pagedlab.errors import ConfigError
 from pagedlab.kernels.cpu import CPUPagedAttention
 from pagedlab.policies.layout import Padded
@@ -78,7 +79,7 @@ def contenders(
 ) -> dict[Key, Form]:
     """Return what runs at one point, by kernel, layout, block size and how the blocks lie.
 
-    ``peers`` adds gather + SDPA in both forms and a cache of int8, which goes round through about ``pool_bytes``.
+    ``peers`` adds gather + SDPA in both forms and caches of one byte, which go round through about ``pool_bytes`` each.
     """
     query = torch.randn(num_seqs, NUM_HEADS, HEAD_SIZE, generator=rng).to(dtype)
     target = torch.empty(num_seqs, NUM_KV_HEADS, context_len, HEAD_SIZE, dtype=dtype)
@@ -98,10 +99,12 @@ def contenders(
         forms["cpu-paged", name, block_size, order] = paged(name, block_size, order)
     if peers:
         key, tokens = (PEER_LAYOUT, PEER_BLOCK_SIZE, "random"), (context_len, PEER_BLOCK_SIZE)
-        gather, batched, int8 = Padded(), Padded(), Padded()
+        gather, batched = Padded(), Padded()
         forms["gather-sdpa", *key] = gather_form(query, gather, *tokens, rng)
         forms["gather-batch", *key] = gather_batch_form(query, batched, *tokens, rng)
-        forms["cpu-paged int8", *key] = int8_form(query, int8, *tokens, rng, pool_bytes)
+        for kv_dtype in ONE_BYTE:
+            form = byte_form(kv_dtype, query, Padded(), *tokens, rng, pool_bytes)
+            forms[f"cpu-paged {kv_dtype}", *key] = form
     return forms
 
 
@@ -286,8 +289,9 @@ def _rows(
         kernel, layout, block_size, order = key
         again, read = warm[key], nbytes
         cached: dict[str, Any] = {}
-        if kernel.endswith(" int8"):
-            kernel, cached, read = kernel.removesuffix(" int8"), {"dtype": "int8"}, nbytes // itemsize
+        if kernel.endswith(ONE_BYTE):
+            kernel, kv_dtype = kernel.split()
+            cached, read = {"dtype": kv_dtype}, nbytes // itemsize
         yield cached | {
             "kernel": kernel,
             "layout": layout,

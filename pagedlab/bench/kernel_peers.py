@@ -1,4 +1,4 @@
-"""Who else reads a paged cache on a CPU, beside dense attention: gather + SDPA, flex_attention, a cache of int8.
+"""Who else reads a paged cache on a CPU, beside dense attention: gather + SDPA, flex_attention, one-byte caches.
 
 Gather + SDPA comes in two forms: kernel `gather-sdpa` goes sequence by sequence, so that what was gathered is still in
 the caches when it is read, and is the faster; ``gather-batch`` gathers the whole batch at once.
@@ -52,7 +52,8 @@ def gather_batch_form(
     return lambda k, v: sdpa(alone, together(k), together(v), scale=SCALE, enable_gqa=True)
 
 
-def int8_form(
+def byte_form(
+    kv_dtype: str,
     query: torch.Tensor,
     layout: Layout,
     context_len: int,
@@ -60,9 +61,9 @@ def int8_form(
     rng: torch.Generator,
     pool_bytes: int,
 ) -> Form:
-    """`cpu-paged` over as many tokens in one byte a channel; it has caches of its own, one for each stretch in turn."""
+    """`cpu-paged` over as many tokens in one byte a channel, in caches of its own, one for each stretch in turn."""
     batch = decode_batch(layout, len(query), context_len, block_size, rng)
-    attention = CPUPagedAttention(layout, kv_dtype="int8")
+    attention = CPUPagedAttention(layout, kv_dtype=kv_dtype)
     count = len(query) * context_len // block_size
     slots = torch.arange(count * block_size).numpy()
     new = torch.randn(count * block_size, NUM_KV_HEADS, HEAD_SIZE, generator=rng)

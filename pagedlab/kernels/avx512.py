@@ -1,7 +1,11 @@
 """Small matrix products in AVX-512 registers, written as LLVM instructions: what `wide` is made of.
 
-A word is one float32 or two bfloat16. ``turn_16`` turns 16 x 16 words in registers; the products take addresses, spread
-one word of a row over a vector, and add up 64 keys or 64 channels for 6, 3 or 1 rows at a time.
+A word is one float32, two bfloat16 or, in a cache of one byte a channel, four bytes. ``turn_16`` turns 16 x 16 words in
+registers; the products take addresses, spread one word of a row over a vector, and add up 64 keys or 64 channels for 6,
+3, 2 or 1 rows at a time.
+
+Numbers of int8 and e4m3 are numbers of bfloat16 too, and but for the sign there are 128 of each: the two bytes of 64 of
+them are looked up at once in tables that stay in registers.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -29,15 +33,18 @@ FINGERPRINT = int(hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:15], 
 intrinsic: Any = _numba_intrinsic
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _FLOATS, _WORDS = ir.VectorType(_F32, 16), ir.VectorType(_I32, 16)
+_BYTES = ir.VectorType(ir.IntType(8), 64)
 _SAME = ir.Constant(_WORDS, [_I32(0)] * 16)
+BYTES = {torch.int8: types.int8, torch.float8_e4m3fn: types.uint8}
+"""Formats of one byte a channel, and how the loops tell them apart."""
 
 
 @functools.cache
-def has_wide(dtype: torch.dtype) -> bool:
-    """Whether this CPU, and numba as it is set, have what the loops of this file need for ``dtype``."""
-    if dtype not in (torch.float32, torch.bfloat16) or any(
-        getattr(numba.config, name, None) for name in ("CPU_NAME", "CPU_FEATURES")
-    ):
+def has_wide(dtype: torch.dtype, stored: torch.dtype | None = None) -> bool:
+    """Whether this CPU, and numba as it is set, have what the loops need for queries of ``dtype``."""
+    if dtype not in (torch.float32, torch.bfloat16) or stored not in (None, dtype, *BYTES):
+        return False
+    if any(getattr(numba.config, name, None) for name in ("CPU_NAME", "CPU_FEATURES")):
         return False
     try:
         features = llvm.get_host_cpu_features()
@@ -45,7 +52,12 @@ def has_wide(dtype: torch.dtype) -> bool:
         return False
     # Before LLVM 17 the instruction for bfloat16 was called another way.
     pairs = features.get("avx512bf16", False) and llvm.llvm_version_info[0] >= 17
-    return bool(features.get("avx512f", False) and (pairs or dtype == torch.float32))
+    tables = features.get("avx512bw", False) and features.get("avx512vbmi", False)
+    return bool(
+        features.get("avx512f", False)
+        and (pairs or dtype == torch.float32)
+        and (tables or stored not in BYTES)
+    )
 
 
 class _BFloat(ir.Type):
@@ -92,6 +104,49 @@ def _spread(b, one):
     return b.shuffle_vector(b.insert_element(undefined, one, _I32(0)), undefined, _SAME)
 
 
+@functools.cache
+def _bytes_of_pairs(stored: Any) -> list[Any]:
+    """Lower and upper bytes of the 128 numbers without a sign as bfloat16: two tables of two registers.
+
+    For int8's -128, which is never written, there is none.
+    """
+    codes = torch.arange(128).to(torch.uint8)
+    numbers = codes if stored is types.int8 else codes.view(torch.float8_e4m3fn)
+    tables = numbers.to(torch.bfloat16).view(torch.uint8).view(2, 64, 2).permute(2, 0, 1)
+    return [[ir.Constant(_BYTES, half.tolist()) for half in table] for table in tables]
+
+
+def _pairs(b, words, stored):
+    """Return words as pairs of bfloat16: of four bytes, the first two and the last two."""
+    if stored is types.uint16:
+        return [words]
+    codes = places = b.bitcast(words, _BYTES)
+    if stored is types.int8:
+        magnitude = _function(b, _BYTES, [_BYTES, ir.IntType(1)], "llvm.abs.v64i8")
+        places = b.call(magnitude, [codes, ir.IntType(1)(0)])
+    look_up = _function(b, _BYTES, [_BYTES] * 3, "llvm.x86.avx512.vpermi2var.qi.512")
+    lower, upper = (b.call(look_up, [first, places, then]) for first, then in _bytes_of_pairs(stored))
+    upper = b.or_(upper, b.and_(codes, ir.Constant(_BYTES, [128] * 64)))
+
+    def joined(start):
+        lanes = [4 * i + start + k + 64 * half for i in range(16) for k in (0, 1) for half in (0, 1)]
+        mask = ir.Constant(ir.VectorType(_I32, 64), lanes)
+        return b.bitcast(b.shuffle_vector(lower, upper, mask), _WORDS)
+
+    return [joined(0), joined(2)]
+
+
+def _floats(b, words, stored):
+    """Return the numbers of words, a vector for the first of each, one for the second, .."""
+    if stored is types.float32:
+        return [b.bitcast(words, _FLOATS)]
+    sixteen, upper = (ir.Constant(_WORDS, [_I32(x)] * 16) for x in (16, -65536))
+    parts = [
+        part for pair in _pairs(b, words, stored) for part in (b.shl(pair, sixteen), b.and_(pair, upper))
+    ]
+    return [b.bitcast(part, _FLOATS) for part in parts]
+
+
 def _loop(b, count, starts, body):
     """Emit ``for i in range(count)`` (once at least) over values carried along; return them after the loop."""
     before, loop = b.block, b.function.append_basic_block("loop")
@@ -114,14 +169,26 @@ def _loop(b, count, starts, body):
 
 
 @intrinsic
-def turn_16(typingctx, addresses, offset, out, ahead):
+def fetch(typingctx, address):
+    """Ask for the cache line at ``address``."""
+
+    def generate(context, b, signature, args):
+        _fetch(b, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def turn_16(typingctx, addresses, offset, out, ahead, kind, stored):
     """Read 16 words at ``offset`` from each of 16 addresses; write word j of all, 16 numbers, to line j of ``out``.
 
-    A line is KEYS words long. The cache lines at ``offset`` from the addresses ``ahead`` are fetched meanwhile.
+    A line is KEYS words long; four bytes become two lines of pairs, or four of floats if that is the ``kind``. The
+    cache lines at ``offset`` from the addresses ``ahead`` are fetched meanwhile.
     """
 
     def generate(context, b, signature, args):
-        addresses, offset, out, ahead = args
+        addresses, offset, out, ahead, _, _ = args
         x = []
         for j in range(16):
             x.append(_load(b, b.add(_load(b, b.add(addresses, _I64(8 * j)), _I64, 8), offset), _WORDS))
@@ -158,11 +225,31 @@ def turn_16(typingctx, addresses, offset, out, ahead):
             far = [quarters(y[8 + c], y[12 + c], odd) for odd in (0, 1)]
             for piece in range(4):
                 x[4 * piece + c] = quarters(near[piece & 1], far[piece & 1], piece // 2)
-        for j in range(16):
-            _store(b, x[j], b.add(out, _I64(4 * KEYS * j)))
+        widen = _pairs if kind is types.uint16 else _floats
+        for j, line in enumerate(line for words in x for line in widen(b, words, stored)):
+            _store(b, line, b.add(out, _I64(4 * KEYS * j)))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64, types.int64), generate
+    return types.void(*[types.int64] * 4, kind, stored), generate
+
+
+@intrinsic
+def largest_64(typingctx, row, start):
+    """Largest of ``start`` and 64 floats at ``row``. NaN may be passed over: it comes back with the exponentials."""
+
+    def generate(context, b, signature, args):
+        def larger(one, other):
+            return b.select(b.fcmp_ordered(">", one, other), one, other)
+
+        at, start = args
+        x = [_load(b, b.add(at, _I64(64 * v)), _FLOATS) for v in range(4)]
+        both = larger(larger(x[0], x[1]), larger(x[2], x[3]))
+        for distance in (8, 4, 2, 1):
+            lanes = ir.Constant(_WORDS, [_I32((lane + distance) % 16) for lane in range(16)])
+            both = larger(both, b.shuffle_vector(both, both, lanes))
+        return larger(b.extract_element(both, _I32(0)), start)
+
+    return types.float32(types.int64, types.float32), generate
 
 
 def _score_rows(rows):
@@ -205,9 +292,9 @@ def _score_rows(rows):
 
 def _add_rows(rows):
     @intrinsic
-    def add(typingctx, weights, values, offset, count, sums, stride, ahead, kind):
+    def add(typingctx, weights, values, offset, count, sums, stride, ahead, stored):
         """``sums[r, 64 channels] += sum over keys of weights[r, key] * value`` at ``offset`` from ``values[key]``."""
-        paired = kind is types.uint16
+        lines = stored.bitwidth // 8
 
         def generate(context, b, signature, args):
             weights, values, offset, count, sums, stride, ahead, _ = args
@@ -223,15 +310,9 @@ def _add_rows(rows):
                 value = b.add(_load(b, b.add(values, slot), _I64, 8), offset)
                 coming = b.add(_load(b, b.add(ahead, slot), _I64, 8), offset)
                 channels = []
-                for v in range(2 if paired else 4):
+                for v in range(lines):
                     _fetch(b, b.add(coming, _I64(64 * v)))
-                    loaded = _load(b, b.add(value, _I64(64 * v)), _WORDS)
-                    if paired:
-                        channels.append(b.shl(loaded, ir.Constant(_WORDS, [_I32(16)] * 16)))
-                        channels.append(b.and_(loaded, ir.Constant(_WORDS, [_I32(-65536)] * 16)))
-                    else:
-                        channels.append(loaded)
-                channels = [b.bitcast(c, _FLOATS) for c in channels]
+                    channels += _floats(b, _load(b, b.add(value, _I64(64 * v)), _WORDS), stored)
                 new = []
                 for r in range(rows):
                     weight = _load(b, b.add(weights, b.add(b.mul(i, _I64(4)), _I64(4 * KEYS * r))), _F32)
@@ -244,10 +325,10 @@ def _add_rows(rows):
                 _store(b, s, place)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7, kind), generate
+        return types.void(*[types.int64] * 7, stored), generate
 
     return add
 
 
-score_6, score_3, score_1 = _score_rows(6), _score_rows(3), _score_rows(1)
-add_6, add_3, add_1 = _add_rows(6), _add_rows(3), _add_rows(1)
+score_6, score_3, score_2, score_1 = map(_score_rows, (6, 3, 2, 1))
+add_6, add_3, add_2, add_1 = map(_add_rows, (6, 3, 2, 1))

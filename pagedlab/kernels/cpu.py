@@ -8,10 +8,10 @@ in. A cache tensor is ``[block, head, token, channel]``: the tokens of one block
     block 8   ...
 
 One *task* is one sequence, one KV head and a tile of its query tokens; the tile's rows (query tokens times the query
-heads of the group) share each key that is loaded (`cpu_tile`; `wide` with AVX-512 and bfloat16). Over tiles of keys
-runs the online softmax (Milakov & Gimelshein 2018; Dao et al. 2022): scores of the tile, a new maximum, the old sums
-rescaled, then one pass over the values. Blocks lie anywhere, so the hardware's own prefetcher stops at the end of each;
-asking for the next ones early is what makes paged decoding as fast as dense and faster.
+heads of the group) share each key that is loaded (`wide` with AVX-512, else `cpu_tile`). Over tiles of keys runs the
+online softmax (Milakov & Gimelshein 2018; Dao et al. 2022): scores of the tile, a new maximum, the old sums rescaled,
+then one pass over the values. Blocks lie anywhere, so the hardware's own prefetcher stops at the end of each; asking
+for the next ones early is what makes paged decoding as fast as dense and faster.
 
 Few long sequences leave threads without work, so their contexts are cut into pieces, one task each, and the pieces'
 sums joined (split-KV; flash-decoding, Dao et al. 2023). How many pieces depends on the batch and the threads: equal
@@ -41,8 +41,16 @@ from numpy.typing import NDArray
 from pagedlab.errors import ConfigError
 from pagedlab.kernels.base import AttentionBatch
 from pagedlab.kernels.cpu_tile import KEY_TILE, ROW_TILE, tile
+from pagedlab.kernels.cpu_write import write_bytes, write_numbers
 from pagedlab.kernels.layouts import device_functions
-from pagedlab.kernels.scaled import LARGEST_INT8, TAIL, allocate_bytes, runs_of, set_head_scales
+from pagedlab.kernels.scaled import (
+    LARGEST_E4M3,
+    LARGEST_INT8,
+    TAIL,
+    allocate_bytes,
+    runs_of,
+    set_head_scales,
+)
 from pagedlab.kernels.wide import fits, wide_tile
 from pagedlab.policies.layout import Layout
 
@@ -50,9 +58,6 @@ TASKS_PER_THREAD = 4
 """Tasks that are wanted for each thread before contexts are cut: few are hard to share out evenly."""
 SHORTEST_PIECE = 512
 """Keys of a piece at least, where contexts are cut to fill the cores: a piece has sums to write and to join."""
-
-MANY_ROWS = 16
-"""Rows (query tokens times heads of the group) from which a sequence is a chunk: sums cost more than memory."""
 
 intrinsic: Any = _numba_intrinsic  # its type speaks of the function given, not of the one that comes back
 
@@ -81,7 +86,7 @@ def _batch_loop(block_of: Callable[..., Any], fingerprint: str) -> Callable[...,
 
     @njit(parallel=True, nogil=True, error_model="numpy", cache=True)
     def attend(
-        codes, tensors, shape, reals, query_start, context_lens, rows, entries, index, piece, parts
+        code, tensors, shape, reals, query_start, context_lens, rows, entries, index, piece, parts
     ):  # fmt: skip
         num_kv_heads, group, block_size, window, tile = shape[0], shape[1], shape[4], shape[7], shape[8]
         work = 0
@@ -115,7 +120,7 @@ def _batch_loop(block_of: Callable[..., Any], fingerprint: str) -> Callable[...,
                                     tensors[5], tensors[6], shape.ctypes.data, reals.ctypes.data, head,
                                     query_start[s] + j, n, position, first, end, row if pieces > 1 else -1,
                                 )  # fmt: skip
-                                _call(codes[1] if count * group >= MANY_ROWS else codes[0], arguments)
+                                _call(code, arguments)
                             done += n * (end - first)
                             row += n * group if pieces > 1 else 0
         return fingerprint
@@ -179,58 +184,6 @@ def _join(partial, out, joined, query_start, context_lens, shape, piece):
             at += pieces * rows
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
-def _write(cache, new, slots):
-    block_size = cache.shape[2]
-    for i in range(new.shape[0]):
-        block, offset = slots[i] // block_size, slots[i] % block_size
-        for h in range(new.shape[1]):
-            for d in range(new.shape[2]):
-                cache[block, h, offset, d] = new[i, h, d]
-
-
-@njit(nogil=True, error_model="numpy", cache=True)
-def _as_int8(x):
-    """The nearest whole number to ``x``, to even, up to 127: adding 1.5 * 2**23 leaves no bits for a fraction."""
-    x = x if x > np.float32(-127) else np.float32(-127)
-    x = x if x < np.float32(127) else np.float32(127)
-    return np.int8((x + np.float32(12582912)) - np.float32(12582912))
-
-
-@njit(nogil=True, error_model="numpy", cache=True)
-def _write_int8(cache, scales, new, order, runs, slots, block_size, fixed):
-    """Store ``order[runs[k] : runs[k + 1]]``, the tokens of one block by ascending slot, for all k.
-
-    Tokens from a block's first slot on begin a new scale, others may raise the block's, and what it holds is then
-    rounded again. ``fixed`` keeps all scales. ``scales`` is ``cache`` as float32.
-    """
-    size, place = new.shape[2], scales.shape[2] - 4
-    for run in range(runs.shape[0] - 1):
-        begin, end = runs[run], runs[run + 1]
-        block, held = slots[order[begin]] // block_size, slots[order[begin]] % block_size
-        for head in range(new.shape[1]):
-            scale = scales[block, head, place]
-            if not fixed:
-                old, largest = scale, np.float32(0)
-                for i in range(begin, end):
-                    for d in range(size):
-                        x = abs(new[order[i], head, d])
-                        largest = x if x > largest or x != x else largest  # once NaN, NaN: int8 has none
-                scale = largest / np.float32(127)
-                scale = np.float32(1e-30) if scale < np.float32(1e-30) else scale
-                if held > 0:
-                    scale = old if old > scale or old != old else scale
-                    if scale != old:
-                        for d in range(held * size):
-                            known = np.float32(cache[block, head, d])
-                            cache[block, head, d] = _as_int8(known * (old / scale))
-                scales[block, head, place] = scale
-            for i in range(begin, end):
-                offset = slots[order[i]] % block_size * size
-                for d in range(size):
-                    cache[block, head, offset + d] = _as_int8(new[order[i], head, d] / scale)
-
-
 # --- the implementation ---------------------------------------------------------------------------------------------
 
 # numba's fallback thread pool (workqueue) ends the process when two Python threads enter it at once, and a notebook
@@ -266,13 +219,18 @@ def _view(tensor: torch.Tensor) -> NDArray[Any]:
     return (tensor if bits is None else tensor.view(bits)).detach().numpy()
 
 
+STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""What the bytes of a cache are, by ``kv_dtype``."""
+
+
 class CPUPagedAttention:
-    """Decode and chunked prefill straight from the blocks, for caches of float32, bfloat16, float16, float64 and int8.
+    """Decode and chunked prefill straight from the blocks, for caches of float32, bfloat16, float16, float64 and bytes.
 
     Arithmetic is float64 for a float64 cache and float32 otherwise. Uses as many threads as torch does
     (``torch.set_num_threads``). ``split_tokens`` is the length of a piece of context if ``batch_invariant``.
-    ``kv_dtype`` "int8" keeps one byte a channel and a scale for each block and head, or with ``scales`` "head" one for
-    all blocks of a head, set by the first tokens that are written (what is later larger saturates, and NaN is lost).
+    ``kv_dtype`` "int8" or "fp8" (e4m3) keeps one byte a channel and a scale for each block and head, or with ``scales``
+    "head" one for all blocks of a head, set by the first tokens that are written (what is later larger saturates; int8
+    then keeps no NaN).
     """
 
     def __init__(
@@ -292,7 +250,8 @@ class CPUPagedAttention:
         self._batch_loop = _batch_loop(block_of, digest)
         self.batch_invariant, self.split_tokens = batch_invariant, split_tokens
         self.scales = scales
-        self.quantised = kv_dtype == "int8"
+        self.stored = STORED.get(kv_dtype)
+        self.quantised = self.stored is not None
         self.axis_order: tuple[str, ...] = ("block", "head", "token", "channel")
         if self.quantised:
             self.axis_order = ("block", "head", "byte")
@@ -320,7 +279,7 @@ class CPUPagedAttention:
     def write(self, cache: torch.Tensor, new: torch.Tensor, batch: AttentionBatch) -> None:
         """Store ``new`` [num_tokens, num_kv_heads, head_size] at ``batch.slots``."""
         if not self.quantised:
-            _write(_view(cache), _view(new.to(cache.dtype).contiguous()), batch.slots)
+            write_numbers(_view(cache), _view(new.to(cache.dtype).contiguous()), batch.slots)
             return
         size = new.shape[2]
         if cache.shape[-1] != batch.block_size * size + TAIL:
@@ -329,14 +288,14 @@ class CPUPagedAttention:
             )
         if not len(new):
             return
-        fixed = self.scales == "head"
+        fixed, fp8 = self.scales == "head", self.stored == torch.float8_e4m3fn
         if fixed and cache.data_ptr() not in self._scaled:
-            set_head_scales(cache, new, LARGEST_INT8)
+            set_head_scales(cache, new, LARGEST_E4M3 if fp8 else LARGEST_INT8)
             self._scaled.add(cache.data_ptr())
         order, runs = runs_of(batch.slots, batch.block_size)
         numbers = new.detach().float().contiguous().numpy()
-        in_bytes, in_floats = cache.view(torch.int8).numpy(), cache.view(torch.float32).numpy()
-        _write_int8(in_bytes, in_floats, numbers, order, runs, batch.slots, batch.block_size, fixed)
+        held = cache.numpy(), cache.view(torch.float32).numpy()
+        write_bytes(*held, numbers, order, runs, batch.slots, batch.block_size, fixed, fp8)
 
     def attend(
         self,
@@ -353,17 +312,17 @@ class CPUPagedAttention:
     ) -> torch.Tensor:
         """Return [num_tokens, num_heads, value_head_size]; see `pagedlab.kernels.base`."""
         dtype = key_cache.dtype
-        real = computed = torch.float64 if dtype == torch.float64 else torch.float32
+        real = torch.float64 if dtype == torch.float64 else torch.float32
         num_tokens, num_heads, size = query.shape
         num_kv_heads, block_size, value_size = value_cache.shape[1], batch.block_size, value_cache.shape[-1]
         if self.quantised:
             value_size = (value_size - TAIL) // block_size
         if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
             raise ValueError("cpu-paged reads cache tensors by address: they must be contiguous")
-        few = many = tile(dtype)
-        if query.dtype == dtype and fits(dtype, size, value_size):
-            computed, many = dtype, wide_tile(dtype)
-            few = many if dtype == torch.bfloat16 else few
+        stored = self.stored or dtype
+        wide = next((d for d in (query.dtype, real) if fits(d, stored, size, value_size)), None)
+        task = tile(stored) if wide is None else wide_tile(wide, stored)
+        computed = real if wide is None else wide
         q = query.to(computed).contiguous()
         out = torch.empty(num_tokens, num_heads, value_size, dtype=computed)
         if num_tokens == 0:
@@ -381,7 +340,7 @@ class CPUPagedAttention:
         tensors = [q, key_cache, value_cache, out, partial, slopes, levels]
         launch(
             self._batch_loop,
-            _numbers(few.address, many.address),
+            task.address,
             np.array([0 if x is None else x.data_ptr() for x in tensors], np.int64),
             shape,
             _numbers(float(scale), float(soft_cap or 0.0)),

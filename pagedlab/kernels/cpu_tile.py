@@ -4,7 +4,7 @@ Keys and values lie in blocks, ``[block, head, token, channel]``, each block and
 
     float32, float64       numbers
     bfloat16, float16      their bits, widened as they are read
-    int8                   numbers to be multiplied by the scale that lies behind the piece (`scaled`)
+    int8, e4m3             numbers to be multiplied by the scale that lies behind the piece (`scaled`)
 
 Over tiles of 64 keys runs the online softmax; a sink is its first score. While the keys of a block are scored its
 values are fetched to the L2 cache, and while those are summed, the keys of a block one tile on.
@@ -136,21 +136,28 @@ def _widen_by_type(x):
         return lambda x: np.float32(x)
     if x is types.uint16:  # bfloat16 is the upper half of a float32
         return lambda x: _bits_to_float(np.int32(x) << np.int32(16))
-    if (
-        x is types.int16
-    ):  # float16: move the exponent, then repair its bias by a multiplication (subnormals too)
-        rebias = np.float32(2.0**112)
-
-        def half(x):
-            bits = np.int32(x)
-            magnitude = (bits & np.int32(0x7FFF)) << np.int32(13)
-            infinite = np.int32(0x7F800000) if magnitude >= np.int32(0x0F800000) else np.int32(0)
-            sign = np.int32(-2147483648) if bits < np.int32(0) else np.int32(0)
-            value = _bits_to_float(magnitude) * rebias
-            return _bits_to_float(_float_to_bits(value) | infinite | sign)
-
-        return half
+    if x is types.int16:
+        return _small_float(np.int16, 3, 2.0**112, 2.0**16)
+    if x is types.uint8:
+        return _small_float(np.int8, 4, 2.0**120, 480.0)
     return lambda x: x
+
+
+def _small_float(signed: Any, spread: int, rebias: float, beyond: float) -> Any:
+    """Widen float16 or e4m3: move the bits, then repair the exponent's bias by a multiplication (subnormals too).
+
+    The sign is moved along, so that copies of it stand in the way of the exponent. Numbers from ``beyond`` on are
+    infinity or NaN.
+    """
+    left = 32 - np.iinfo(signed).bits
+    mask, bias, largest = -(2**31) + 2 ** (31 - spread) - 1, np.float32(rebias), np.float32(beyond)
+
+    def widen(x):
+        value = _bits_to_float(np.int32(((np.int64(signed(x)) << left) >> spread) & mask)) * bias
+        infinite = np.int32(0x7F800000) if abs(value) >= largest else np.int32(0)
+        return _bits_to_float(_float_to_bits(value) | infinite)
+
+    return widen
 
 
 @intrinsic
@@ -321,6 +328,8 @@ def _attend_tile(
             piece = min(block_size - offset, stop - at)
             start = np.int64(blocks[at // block_size]) * num_kv_heads + head
             # While the keys of a block are scored, its values are on their way.
+            if _itemsize(keys) == 1:
+                _prefetch(values, start * value_pitch + block_size * value_size)
             _scores(
                 q, rows, size, _shift(keys, start * key_pitch + offset * size), piece,
                 _shift(values, start * value_pitch + offset * value_size), _shift(p, at - tile), zero,
@@ -377,6 +386,8 @@ def _attend_tile(
             # While the values of a block are summed, the keys one tile further are on their way.
             later = min(at + KEY_TILE, end - 1)
             ahead = np.int64(blocks[later // block_size]) * num_kv_heads + head
+            if _itemsize(keys) == 1:
+                _prefetch(keys, ahead * key_pitch + block_size * size)
             _accumulate(
                 _shift(p, at - tile), rows, value_size,
                 _shift(values, start * value_pitch + offset * value_size), piece,
@@ -404,9 +415,8 @@ def tile(dtype: torch.dtype) -> Any:
     The batch loop calls it by address: linked in, it would be optimised again with every layout (seconds each).
     """
     real = types.float64 if dtype == torch.float64 else types.float32
-    cached = {torch.bfloat16: types.uint16, torch.float16: types.int16, torch.uint8: types.int8}.get(
-        dtype, real
-    )
+    bits = {torch.bfloat16: types.uint16, torch.float16: types.int16, torch.float8_e4m3fn: types.uint8}
+    cached = types.int8 if dtype == torch.int8 else bits.get(dtype, real)
     return cfunc(task_signature(real, cached, real), cache=True, fastmath=_FAST, error_model="numpy")(
         _attend_tile
     )

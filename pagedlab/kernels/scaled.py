@@ -21,7 +21,7 @@ TAIL = 16
 """Bytes behind each block and head: the scale, and as many as keep addresses multiples of 16."""
 HEADROOM = 2.0
 """Scales by the head cover this many times the largest channel of the first tokens."""
-LARGEST_INT8 = 127.0
+LARGEST_INT8, LARGEST_E4M3 = 127.0, 448.0
 
 
 def allocate_bytes(

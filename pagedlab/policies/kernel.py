@@ -36,6 +36,11 @@ class Kernel(Policy):
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16", "float64")
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
+    @property
+    def rounding(self) -> float:
+        """Relative error that attention may have because the cache holds keys and values coarser than the dtype."""
+        return 0.0
+
     def resolve(self, device: str, dtype: str) -> Kernel:
         """Return the kernel to use for a cache of ``dtype`` ("float32", ...) on ``device`` ("cpu", "cuda:0", ...).
 
@@ -47,6 +52,10 @@ class Kernel(Policy):
         if dtype not in self.dtypes:
             raise ConfigError(f"kernel {title!r} serves a cache of {', '.join(self.dtypes)}, not {dtype!r}")
         return self
+
+
+_ROUNDING = {"model": 0.0, "fp8": 0.08, "int8": 0.04}
+"""By ``kv_dtype``: three bits after the first one; 127 steps up to a block's largest channel."""
 
 
 @register("kernel", "dense")
@@ -84,12 +93,18 @@ class CPUPaged(Kernel):
     )
     kv_dtype: str = param(
         "model",
-        choices=("model", "int8"),
-        help="what the cache holds; int8 halves it or better and changes what is said a little",
+        choices=("model", "fp8", "int8"),
+        help="what the cache holds; fp8 and int8 halve it or better and change what is said a little",
     )
     scales: str = param(
-        "block", choices=("block", "head"), help="of int8: one for each block and head, or for each head"
+        "block",
+        choices=("block", "head"),
+        help="of fp8 and int8: one for each block and head, or for each head",
     )
+
+    @property
+    def rounding(self) -> float:
+        return _ROUNDING[self.kv_dtype]
 
 
 @register("kernel", "triton-paged")
@@ -125,6 +140,10 @@ class TritonPaged(Kernel):
     autotune: bool = param(
         False, help="measure tiles and warps where none are chosen yet; else the file of choices, or a rule"
     )
+
+    @property
+    def rounding(self) -> float:
+        return _ROUNDING[self.kv_dtype]
 
     def resolve(self, device: str, dtype: str) -> Kernel:
         if find_spec("triton") is None:

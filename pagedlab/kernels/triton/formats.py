@@ -6,13 +6,13 @@ import functools
 
 import torch
 
-from pagedlab.kernels.scaled import LARGEST_INT8
+from pagedlab.kernels.scaled import LARGEST_E4M3, LARGEST_INT8
 from pagedlab.kernels.triton import quantised
 
 FORMATS: dict[str, int] = {
     name: getattr(quantised, name).value for name in ("E4M3", "E4M3_BITS", "E4M3_FNUZ", "INT8")
 }
-LARGEST = {"E4M3": 448.0, "E4M3_BITS": 448.0, "E4M3_FNUZ": 240.0, "INT8": LARGEST_INT8}
+LARGEST = {"E4M3": LARGEST_E4M3, "E4M3_BITS": LARGEST_E4M3, "E4M3_FNUZ": 240.0, "INT8": LARGEST_INT8}
 QUANTISED_CHUNK = 16
 """Tokens that a program of `store_quantised` takes at a time."""
 
