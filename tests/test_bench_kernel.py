@@ -166,6 +166,9 @@ def test_the_command_measures_the_points_that_are_asked_for(monkeypatch):
     monkeypatch.setenv("PAGEDLAB_BENCH_SECONDS", "-1")
     with pytest.raises(ConfigError, match="a number of seconds, not '-1'"):
         kernel.asked_seconds()
+    monkeypatch.setenv("PAGEDLAB_BENCH_DEVICE", "tpu")
+    with pytest.raises(ConfigError, match="PAGEDLAB_BENCH_DEVICE must be one of cpu.*not 'tpu'"):
+        kernel.main()
 
 
 @pytest.fixture(scope="module")

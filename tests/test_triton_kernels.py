@@ -8,11 +8,13 @@ import random
 import subprocess
 import sys
 from collections import deque
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import Case, error
@@ -657,3 +659,89 @@ def test_the_benchmark(monkeypatch):
         assert (row["num_seqs"], row["context_len"]) == (2, 64)
         assert row["gb_per_s"] / copy["gb_per_s"] == pytest.approx(row["ratio_copy"])
     assert {row["block_size"] for row in paged} == {16}
+
+
+SMALL = {"NUM_HEADS": 2, "NUM_KV_HEADS": 1, "HEAD_SIZE": 16, "SCALE": 0.25}
+
+
+@pytest.mark.parametrize("query_len", [64, 16])
+def test_the_benchmark_of_chunks(monkeypatch, query_len):
+    from pagedlab.bench import kernel, kernel_gpu, kernel_gpu_prefill
+
+    for name, size in SMALL.items():
+        monkeypatch.setattr(kernel_gpu, name, size)
+    monkeypatch.setattr(kernel_gpu_prefill, "PRODUCT", 32)
+    rows = kernel_gpu_prefill.measure(
+        points=[(2, query_len, 64)], block_sizes=(16,), rounds=1, device=str(DEVICE)
+    )
+    by_kernel = {row["kernel"]: row for row in rows}
+    assert set(by_kernel) == {"sdpa enable_gqa", "sdpa expanded", "matmul", "triton-paged"}
+    assert {row["layout"] for row in rows if row["kernel"] == "triton-paged"} == {"padded", "csr"}
+    product, paged = by_kernel["matmul"], by_kernel["triton-paged"]
+    assert product["ratio_matmul"] == 1
+    assert product["ratio_sdpa"] is None
+    assert max(row["ratio_sdpa"] for row in rows if row["kernel"].startswith("sdpa")) == 1
+    assert paged["tflop_per_s"] / product["tflop_per_s"] == pytest.approx(paged["ratio_matmul"])
+    assert paged["launch"] == "rule"
+    decode = kernel_gpu.measure(points=[(2, 64), (1, 32)], block_sizes=(16,), rounds=1, device=str(DEVICE))
+    summary = kernel.summary([*decode, *rows])
+    assert [(row["num_seqs"], row["query_len"], row["context_len"]) for row in summary] == [
+        (2, None, 64),
+        (1, None, 32),
+        (2, query_len, 64),
+    ]
+    mine = [row for row in decode if (row["kernel"], row["num_seqs"]) == ("triton-paged", 2)]
+    assert summary[0]["ratio_copy"] == max(row["ratio_copy"] for row in mine)
+    assert summary[2]["ratio_sdpa"] == max(
+        row["ratio_sdpa"] for row in rows if row["kernel"] == "triton-paged"
+    )
+    copying, multiplying = kernel.draw([*decode, *rows]).axes
+    assert [tick.get_text() for tick in copying.get_xticklabels()] == ["2 × 64", "1 × 32"]
+    assert len(multiplying.patches) == 2
+
+
+def test_flashinfer_is_a_contender_where_it_is_installed(monkeypatch):
+    """A stand-in that attends by the tables it was given, as FlashInfer's documentation describes them."""
+    from pagedlab.bench import kernel_gpu
+
+    class Wrapper:
+        def __init__(self, workspace, layout):
+            assert (workspace.dtype, layout) == (torch.uint8, "HND")
+
+        def plan(self, indptr, indices, last, heads, kv_heads, size, page, *, q_data_type, kv_data_type):
+            assert (heads, kv_heads, size, page) == (2, 1, 16, 16)
+            assert q_data_type == kv_data_type == torch.float32
+            assert indptr.tolist() == [0, 2, 4]
+            assert sorted(indices.tolist()) == [0, 1, 2, 3]
+            assert last.tolist() == [16, 16]
+            self.pages = indices.view(2, 2).long()
+
+        def run(self, query, caches):
+            keys, values = (c[self.pages].transpose(1, 2).flatten(2, 3) for c in caches)
+            return F.scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
+
+    for name, size in SMALL.items():
+        monkeypatch.setattr(kernel_gpu, name, size)
+    monkeypatch.setitem(
+        sys.modules, "flashinfer", SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=Wrapper)
+    )
+    query = torch.randn(2, 2, 16, device=DEVICE)
+    made = kernel_gpu.forms(query, 32, [16], torch.Generator().manual_seed(0))
+    key, value = torch.randn(2, 2, 1, 32, 16, device=DEVICE)
+    out = made["flashinfer", "csr", 16](key, value)
+    assert out.shape == query.shape
+    assert out.isfinite().all()
+
+
+def test_contenders_of_chunks_compute_the_same(monkeypatch):
+    from pagedlab.bench import kernel_gpu, kernel_gpu_prefill
+
+    for name, size in SMALL.items():
+        monkeypatch.setattr(kernel_gpu, name, size)
+    monkeypatch.setattr(kernel_gpu_prefill, "PRODUCT", 32)
+    query = torch.randn(1, 24, 2, 16, device=DEVICE)
+    made = kernel_gpu_prefill.forms(query, 64, [64], torch.Generator())
+    key, value = torch.randn(2, 1, 1, 64, 16, device=DEVICE)
+    wanted = made["sdpa enable_gqa", "contiguous", None](key, value).transpose(1, 2).flatten(0, 1)
+    got = made["triton-paged", "csr", 64](key, value)  # one block: its number is no question
+    assert ((got - wanted).norm() / wanted.norm()).item() < (1e-2 if GPU else 1e-5)

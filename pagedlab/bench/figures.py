@@ -24,6 +24,10 @@ _NAMES = {
     "gather-sdpa": "gather + SDPA", "gather-batch": "gather + SDPA, batch at once",
     "flex_attention": "flex_attention, paged",
 }  # fmt: skip
+_GPU = {
+    "triton-paged": ("paged, best layout and block size", "#0072B2"), "sdpa": ("fastest dense (flash)", "#D55E00"),
+    "flashinfer": ("FlashInfer, paged", "#009E73"), "flex_attention": ("flex_attention", "#E69F00"),
+}  # fmt: skip
 _PLAIN = FuncFormatter(lambda x, _: f"{x:g}")
 FIGURE_18A = (1.20, 1.26)
 """Attention latency of PagedAttention over FasterTransformer's: Kwon et al. 2023, section 7.1 and figure 18a."""
@@ -89,6 +93,42 @@ def of_kernel(rows: Iterable[Mapping[str, Any]]) -> Figure:
     axes[0].yaxis.set_major_formatter(_PLAIN)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=min(6, len(handles[0])), frameon=False)
+    return figure
+
+
+def of_gpu(rows: Iterable[Mapping[str, Any]]) -> Figure:
+    """Decoding as a share of a copy's bandwidth, chunks as one of a matrix product's rate, beside peers, by point."""
+    rows = [row for row in rows if "graph" in row]
+    kinds = {
+        "ratio_copy": "decoding: share of a copy's bandwidth",
+        "ratio_matmul": "chunks: share of a matrix product's rate",
+    }
+    panels = {name: title for name, title in kinds.items() if any(name in row for row in rows)}
+    figure = Figure(figsize=(1 + 5.5 * len(panels), 4), layout="constrained")
+    for ax, (column, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        mine = [row for row in rows if column in row]
+        points = list(
+            dict.fromkeys((row["num_seqs"], row.get("query_len"), row["context_len"]) for row in mine)
+        )
+        shown = [name for name in _GPU if any(row["kernel"].startswith(name) for row in mine)]
+        for i, name in enumerate(shown):
+            label, colour = _GPU[name]
+            for x, point in enumerate(points):
+                best = [
+                    row[column]
+                    for row in mine
+                    if row["kernel"].startswith(name)
+                    and (row["num_seqs"], row.get("query_len"), row["context_len"]) == point
+                ]
+                at, width = x + (i - (len(shown) - 1) / 2) * 0.8 / len(shown), 0.8 / len(shown)
+                if best:
+                    ax.bar(at, max(best), width, color=colour, label=None if x else label)
+        ax.axhline(1, color="black", lw=1, ls="--")
+        names = [f"{n} × {f'{q:,} of ' if q else ''}{context:,}" for n, q, context in points]
+        ax.set_xticks(range(len(points)), names, rotation=20, ha="right", fontsize=9)
+        ax.set_title(title, fontsize=11)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.3), ncols=2)
     return figure
 
 

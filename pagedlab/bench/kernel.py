@@ -2,12 +2,13 @@
 
 Here are the contenders that stand for dense attention, and the batch that the paged kernels are given. The CPU's decode
 grid is measured in `pagedlab.bench.kernel_grid`, its prefill in `pagedlab.bench.kernel_prefill`, its thread pools in
-`pagedlab.bench.kernel_threads`; where there is a GPU `pagedlab.bench.kernel_gpu` adds its rows.
+`pagedlab.bench.kernel_threads`; where there is a GPU `pagedlab.bench.kernel_gpu` and
+`pagedlab.bench.kernel_gpu_prefill` add their rows.
 
 A full run takes about ten minutes on two cores. ``PAGEDLAB_BENCH_POINTS=16x1024,1x128`` measures only these points,
 ``PAGEDLAB_BENCH_SECONDS`` sets the seconds for each (4), ``PAGEDLAB_BENCH_THREADS=1,2`` the numbers of threads (one,
-and all cores), and ``PAGEDLAB_BENCH_KEEP=rows.jsonl`` keeps the rows of every decode point in that file as it is done
-and measures only what is not there.
+and all cores), ``PAGEDLAB_BENCH_DEVICE=cuda`` leaves the CPU out, and ``PAGEDLAB_BENCH_KEEP=rows.jsonl`` keeps the rows
+of every decode point in that file as it is done and measures only what is not there.
 """
 
 from __future__ import annotations
@@ -49,16 +50,19 @@ def dense_forms(query: torch.Tensor) -> dict[str, Callable[[torch.Tensor, torch.
     }
 
 
-def decode_batch(
+def chunk_batch(
     layout: Layout,
     num_seqs: int,
+    query_len: int,
     context_len: int,
     block_size: int,
     rng: torch.Generator,
     *,
     adjacent: bool = False,
 ) -> AttentionBatch:
-    """One token of each of ``num_seqs`` sequences, whose blocks lie in random order, or ``adjacent`` in one piece."""
+    """The last ``query_len`` tokens of each of ``num_seqs`` sequences, whose blocks lie in random order, or
+    ``adjacent`` in one piece.
+    """
     per_seq = context_len // block_size
     count = num_seqs * per_seq
     order = list(range(count)) if adjacent else torch.randperm(count, generator=rng).tolist()
@@ -67,14 +71,14 @@ def decode_batch(
         layout.open(row, order[row * per_seq : (row + 1) * per_seq])
     entries, index = layout.arrays()
     return AttentionBatch(
-        query_start=np.arange(num_seqs + 1, dtype=np.int32),
+        query_start=np.arange(0, num_seqs * query_len + 1, query_len, dtype=np.int32),
         context_lens=np.full(num_seqs, context_len, np.int32),
         rows=np.arange(num_seqs, dtype=np.int32),
-        slots=np.zeros(num_seqs, np.int64),
+        slots=np.zeros(num_seqs * query_len, np.int64),
         entries=entries,
         index=index,
         block_size=block_size,
-        max_query_len=1,
+        max_query_len=query_len,
         max_context_len=context_len,
     )
 
@@ -122,8 +126,30 @@ def threads_of(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def asked_devices() -> tuple[str, ...]:
+    """The devices to measure: the one that ``PAGEDLAB_BENCH_DEVICE`` names, or the CPU, and a GPU if there is one."""
+    there = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    asked = os.environ.get("PAGEDLAB_BENCH_DEVICE", "")
+    if asked and asked not in there:
+        raise ConfigError(f"PAGEDLAB_BENCH_DEVICE must be one of {', '.join(there)} here, not {asked!r}")
+    return (asked,) if asked else there
+
+
 def main(json: bool = False) -> list[dict[str, Any]]:
     """Measure the CPU, and the GPU where there is one; return the rows (the command line prints them)."""
+    devices = asked_devices()
+    rows: list[dict[str, Any]] = []
+    if "cpu" in devices:
+        rows += _on_the_cpu()
+    if "cuda" in devices:
+        from pagedlab.bench import kernel_gpu, kernel_gpu_prefill
+
+        rows += kernel_gpu.measure()
+        rows += kernel_gpu_prefill.measure()
+    return rows
+
+
+def _on_the_cpu() -> list[dict[str, Any]]:
     from pagedlab.bench import kernel_grid, kernel_prefill, kernel_threads
 
     keep = os.environ.get("PAGEDLAB_BENCH_KEEP")
@@ -137,16 +163,19 @@ def main(json: bool = False) -> list[dict[str, Any]]:
         keep=Path(keep) if keep else None,
     )
     rows += kernel_prefill.measure(threads=threads, seconds=seconds / 2)
-    rows += kernel_threads.measure(threads=threads, seconds=seconds)
-    if torch.cuda.is_available():
-        from pagedlab.bench import kernel_gpu
-
-        rows += kernel_gpu.measure()
-    return rows
+    return [*rows, *kernel_threads.measure(threads=threads, seconds=seconds)]
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return, by dtype and threads, what the paged kernel reaches at worst, in the middle, and at 16 x 1,024."""
+    """Return, by dtype and threads, what the paged kernel reaches at worst, in the middle, and at 16 x 1,024; and for a
+    GPU, point by point, its share of a copy's bandwidth or of a matrix product's rate, and how it stands to dense.
+    """
+    rows = list(rows)
+    if any("graph" in row for row in rows):
+        from pagedlab.bench import kernel_gpu
+
+        cpu = [row for row in rows if "graph" not in row]
+        return [*(summary(cpu) if cpu else []), *kernel_gpu.summary(rows)]
     rows = [row for row in rows if row.get("kernel") in ("cpu-paged", None) and row["dtype"] not in ONE_BYTE]
     found = []
     for dtype, threads in dict.fromkeys((row["dtype"], row["threads"]) for row in rows if "phase" in row):
@@ -172,7 +201,10 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(rows: Iterable[Mapping[str, Any]]) -> Any:
-    """Return the picture of `main`'s rows."""
+    """Return the picture of `main`'s rows: the GPU's, if there is one among them."""
     from pagedlab.bench import figures
 
+    rows = list(rows)
+    if any("graph" in row for row in rows):
+        return figures.of_gpu(rows)
     return figures.of_grid(list(rows))

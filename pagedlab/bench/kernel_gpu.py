@@ -3,8 +3,9 @@
 One token of each sequence, 32 query heads over 8 KV heads of 128 (Llama-3.1-8B) in bfloat16. Beside `triton-paged` over
 each layout and block size run the flash backend of torch's scaled_dot_product_attention on contiguous keys and values,
 in both ways to ask it for grouped heads (``ratio_dense`` compares with the faster), flex_attention where it compiles,
-and a copy. Contenders take turns, and go round through buffers that together are larger than the L2 cache. Each is
-captured as a CUDA graph where that can be done (``graph``), so that the GPU is measured and not the Python around it.
+FlashInfer's paged decoding where it is installed, and a copy. Contenders take turns, and go round through buffers that
+together are larger than the L2 cache. Each is captured as a CUDA graph where that can be done (``graph``), so that the
+GPU is measured and not the Python around it.
 
 `triton-paged` is tuned first: ``launch`` is what it chose, ``gain`` how many times as fast as the rule that was. The
 choices go where a run finds them; ``PAGEDLAB_TUNING=off`` measures the rule.
@@ -16,15 +17,16 @@ import itertools
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from pagedlab.bench.kernel import decode_batch
+from pagedlab.bench.kernel import chunk_batch
 from pagedlab.kernels.base import AttentionBatch
 from pagedlab.policies.layout import CSR, Layout, Padded
 
@@ -33,12 +35,14 @@ if TYPE_CHECKING:
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 32, 8, 128
 SCALE = HEAD_SIZE**-0.5
-POINTS = ((1, 32_768), (16, 1024), (16, 8192), (64, 2048), (256, 1024))
+POINTS = ((1, 32_768), (8, 32_768), (16, 1024), (16, 8192), (64, 2048), (64, 8192), (256, 1024))
 """Sequences, tokens of context of each."""
 
 Event: Any = torch.cuda.Event
 Form = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """A contender: attention (or a copy) over keys and values [num_seqs, num_kv_heads, context_len, head_size]."""
+Key = tuple[str, str, int | None]
+"""A contender's kernel, layout and block size."""
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Paged:
 
 def forms(
     query: torch.Tensor, context_len: int, block_sizes: Iterable[int], rng: torch.Generator
-) -> dict[tuple[str, str, int | None], Form]:
+) -> dict[Key, Form]:
     """Return the contenders by kernel, layout and block size; ``query`` [num_seqs, num_heads, head_size]."""
     from pagedlab.kernels.triton.paged import TritonPagedAttention
 
@@ -80,15 +84,18 @@ def forms(
         return target.copy_(k)
 
     def paged(layout: Layout, block_size: int) -> Form:
-        batch = decode_batch(layout, num_seqs, context_len, block_size, rng)
+        batch = chunk_batch(layout, num_seqs, 1, context_len, block_size, rng)
         shape = (num_seqs * context_len // block_size, NUM_KV_HEADS, block_size, HEAD_SIZE)
         return Paged(TritonPagedAttention(layout, autotune=True), query, shape, batch)
 
-    made: dict[tuple[str, str, int | None], Form] = {
+    made: dict[Key, Form] = {
         ("sdpa enable_gqa", "contiguous", None): with_gqa,
         ("sdpa regrouped", "contiguous", None): regrouped,
         ("copy", "contiguous", None): copy,
     }
+    for block_size in block_sizes:
+        if (wrapped := _flashinfer(query, context_len, block_size, rng)) is not None:
+            made["flashinfer", "csr", block_size] = wrapped
     if (flex := _flex(alone)) is not None:
         made["flex_attention", "contiguous", None] = flex
     for layout, block_size in itertools.product((Padded, CSR), block_sizes):
@@ -106,6 +113,35 @@ def _flex(query: torch.Tensor) -> Form | None:
         return None
     compiled: Any = torch.compile(flex_attention, dynamic=False)
     return lambda k, v: compiled(query, k, v, enable_gqa=True)
+
+
+def _flashinfer(query: torch.Tensor, context_len: int, block_size: int, rng: torch.Generator) -> Form | None:
+    """Return FlashInfer's paged decoding over blocks in random order, or None where it is not installed."""
+    try:
+        flashinfer: Any = import_module("flashinfer")
+    except ImportError:
+        return None
+    num_seqs, per_seq, device = len(query), context_len // block_size, query.device
+    workspace = torch.empty(128 * 2**20, dtype=torch.uint8, device=device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND")
+    wrapper.plan(
+        torch.arange(num_seqs + 1, dtype=torch.int32, device=device) * per_seq,
+        torch.randperm(num_seqs * per_seq, generator=rng).to(device, torch.int32),
+        torch.full((num_seqs,), block_size, dtype=torch.int32, device=device),
+        NUM_HEADS,
+        NUM_KV_HEADS,
+        HEAD_SIZE,
+        block_size,
+        q_data_type=query.dtype,
+        kv_data_type=query.dtype,
+    )
+    shape = (num_seqs * per_seq, NUM_KV_HEADS, block_size, HEAD_SIZE)
+
+    def attend(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = wrapper.run(query, (k.view(shape), v.view(shape)))
+        return out
+
+    return attend
 
 
 def measure(
@@ -128,23 +164,33 @@ def measure(
                 torch.randn(shape, dtype=dtype, device=device) for _ in range(_num_buffers(nbytes, device))
             ]
             query = torch.randn(num_seqs, NUM_HEADS, HEAD_SIZE, dtype=dtype, device=device)
-            timers: dict[tuple[str, str, int | None], tuple[Callable[[], float], bool]] = {}
             contenders = forms(query, context_len, sizes, rng)
-            for key, form in contenders.items():
-                try:
-                    timers[key] = _timer(form, buffers)
-                except (RuntimeError, NotImplementedError) as error:
-                    warnings.warn(f"{key[0]} cannot run here: {str(error)[:200]}", stacklevel=2)
-            times: dict[tuple[str, str, int | None], list[float]] = {key: [] for key in timers}
-            for _ in range(rounds):
-                for key, (timer, _) in timers.items():
-                    times[key].append(timer())
-            graphs = {key: graph for key, (_, graph) in timers.items()}
+            times, graphs = race(contenders, buffers, rounds)
             made = rows_of(times, graphs, nbytes, dtype, num_seqs, context_len)
             rows += [
                 row | chosen(contenders[row["kernel"], row["layout"], row["block_size"]]) for row in made
             ]
     return rows
+
+
+def race(
+    contenders: dict[Key, Form], buffers: list[torch.Tensor], rounds: int
+) -> tuple[dict[Key, list[float]], dict[Key, bool]]:
+    """Let contenders take turns; return the seconds of one call of each in every round, and which ran as a graph.
+
+    One that cannot run here is left out with a warning.
+    """
+    timers: dict[Key, tuple[Callable[[], float], bool]] = {}
+    for key, form in contenders.items():
+        try:
+            timers[key] = _timer(form, buffers)
+        except (RuntimeError, NotImplementedError) as error:
+            warnings.warn(f"{key[0]} cannot run here: {str(error)[:200]}", stacklevel=3)
+    times: dict[Key, list[float]] = {key: [] for key in timers}
+    for _ in range(rounds):
+        for key, (timer, _) in timers.items():
+            times[key].append(timer())
+    return times, {key: graph for key, (_, graph) in timers.items()}
 
 
 def chosen(form: Form) -> dict[str, Any]:
@@ -160,8 +206,8 @@ def chosen(form: Form) -> dict[str, Any]:
 
 
 def rows_of(
-    times: dict[tuple[str, str, int | None], list[float]],
-    graphs: dict[tuple[str, str, int | None], bool],
+    times: dict[Key, list[float]],
+    graphs: dict[Key, bool],
     nbytes: int,
     dtype: torch.dtype,
     num_seqs: int,
@@ -187,6 +233,22 @@ def rows_of(
         }
         for (name, layout, block_size), seconds in times.items()
     ]
+
+
+def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return, point by point, what the best layout and block size of `triton-paged` reach: of decoding the share of a
+    copy's bandwidth, of chunks that of a matrix product's rate, and how many times as fast as dense attention they are.
+    """
+    columns = ("ratio_copy", "ratio_matmul", "ratio_dense", "ratio_sdpa")
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        if row.get("kernel") == "triton-paged" and "graph" in row:
+            point = {name: row.get(name) for name in ("dtype", "num_seqs", "query_len", "context_len")}
+            best = found.setdefault(tuple(point.values()), point)
+            for name in columns:
+                values = [x for x in (best.get(name), row.get(name)) if x is not None]
+                best[name] = max(values, default=None)
+    return list(found.values())
 
 
 def _num_buffers(nbytes: int, device: str) -> int:

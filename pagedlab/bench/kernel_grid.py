@@ -35,7 +35,7 @@ from pagedlab.bench.kernel import (
     NUM_HEADS,
     NUM_KV_HEADS,
     SCALE,
-    decode_batch,
+    chunk_batch,
     dense_forms,
     threads_of,
 )  # fmt: skip
@@ -90,7 +90,7 @@ def contenders(
 
     def paged(name: str, block_size: int, order: str) -> Form:
         layout: Any = make("layout", name)
-        batch = decode_batch(layout, num_seqs, context_len, block_size, rng, adjacent=order == "adjacent")
+        batch = chunk_batch(layout, num_seqs, 1, context_len, block_size, rng, adjacent=order == "adjacent")
         attention = CPUPagedAttention(layout)
         shape = (num_seqs * context_len // block_size, NUM_KV_HEADS, block_size, HEAD_SIZE)
         return lambda k, v: attention.attend(query, k.view(shape), v.view(shape), batch, scale=SCALE)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from pagedlab.bench.kernel import HEAD_SIZE, NUM_KV_HEADS, SCALE, decode_batch
+from pagedlab.bench.kernel import HEAD_SIZE, NUM_KV_HEADS, SCALE, chunk_batch
 from pagedlab.kernels.cpu import CPUPagedAttention
 from pagedlab.kernels.gather import GatherSDPA
 from pagedlab.policies.layout import Layout
@@ -31,7 +31,7 @@ def gather_form(
     query: torch.Tensor, layout: Layout, context_len: int, block_size: int, rng: torch.Generator
 ) -> Form:
     """Kernel `gather-sdpa`: each context copied together, then attention; blocks are [block, token, head, channel]."""
-    batch = decode_batch(layout, len(query), context_len, block_size, rng)
+    batch = chunk_batch(layout, len(query), 1, context_len, block_size, rng)
     shape = (len(query) * context_len // block_size, block_size, NUM_KV_HEADS, HEAD_SIZE)
     attention = GatherSDPA(layout)
     return lambda k, v: attention.attend(query, k.view(shape), v.view(shape), batch, scale=SCALE)
@@ -41,7 +41,7 @@ def gather_batch_form(
     query: torch.Tensor, layout: Layout, context_len: int, block_size: int, rng: torch.Generator
 ) -> Form:
     """Gather + SDPA as it is mostly written: the contexts of the whole batch copied at once, then one grouped call."""
-    batch = decode_batch(layout, len(query), context_len, block_size, rng)
+    batch = chunk_batch(layout, len(query), 1, context_len, block_size, rng)
     shape = (len(query) * context_len // block_size, block_size, NUM_KV_HEADS, HEAD_SIZE)
     tables = torch.tensor([layout.decode(int(row)) for row in batch.rows])
     alone = query[:, :, None]
@@ -62,7 +62,7 @@ def byte_form(
     pool_bytes: int,
 ) -> Form:
     """`cpu-paged` over as many tokens in one byte a channel, in caches of its own, one for each stretch in turn."""
-    batch = decode_batch(layout, len(query), context_len, block_size, rng)
+    batch = chunk_batch(layout, len(query), 1, context_len, block_size, rng)
     attention = CPUPagedAttention(layout, kv_dtype=kv_dtype)
     count = len(query) * context_len // block_size
     slots = torch.arange(count * block_size).numpy()

@@ -15,43 +15,17 @@ from collections.abc import Callable, Iterable
 from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from pagedlab.bench.kernel import GROUP, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, threads_of
-from pagedlab.kernels.base import AttentionBatch
+from pagedlab.bench.kernel import GROUP, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, chunk_batch, threads_of
 from pagedlab.kernels.cpu import CPUPagedAttention
 from pagedlab.kernels.dense import visible
-from pagedlab.policies.layout import Layout
 from pagedlab.registry import make, policy_names
 
 POINTS = ((1, 256, 256), (1, 1024, 1024), (1, 256, 1024), (1, 256, 8192), (4, 64, 1024))
 """Sequences, query tokens of each, tokens of context of each."""
 BLOCK_SIZE = 16
-
-
-def chunk_batch(
-    layout: Layout, num_seqs: int, query_len: int, context_len: int, rng: torch.Generator
-) -> AttentionBatch:
-    """The last ``query_len`` tokens of each of ``num_seqs`` sequences, whose blocks lie in random order."""
-    per_seq = context_len // BLOCK_SIZE
-    order = torch.randperm(num_seqs * per_seq, generator=rng).tolist()
-    layout.reset(max_rows=num_seqs, max_blocks=per_seq)
-    for row in range(num_seqs):
-        layout.open(row, order[row * per_seq : (row + 1) * per_seq])
-    entries, index = layout.arrays()
-    return AttentionBatch(
-        query_start=np.arange(0, num_seqs * query_len + 1, query_len, dtype=np.int32),
-        context_lens=np.full(num_seqs, context_len, np.int32),
-        rows=np.arange(num_seqs, dtype=np.int32),
-        slots=np.zeros(num_seqs * query_len, np.int64),
-        entries=entries,
-        index=index,
-        block_size=BLOCK_SIZE,
-        max_query_len=query_len,
-        max_context_len=context_len,
-    )
 
 
 def contenders(
@@ -96,7 +70,7 @@ def contenders(
 
     def paged(name: str) -> Callable[[], torch.Tensor]:
         layout: Any = make("layout", name)
-        batch = chunk_batch(layout, num_seqs, query_len, context_len, rng)
+        batch = chunk_batch(layout, num_seqs, query_len, context_len, BLOCK_SIZE, rng)
         attention = CPUPagedAttention(layout)
         caches: list[torch.Tensor] = []
         tables = torch.tensor([layout.decode(row) for row in range(num_seqs)]).flatten()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pagedlab.bench.kernel import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, decode_batch, threads_of
+from pagedlab.bench.kernel import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, chunk_batch, threads_of
 from pagedlab.kernels.cpu import CPUPagedAttention
 from pagedlab.policies.layout import CSR
 
@@ -27,7 +27,7 @@ def measure(*, threads: Iterable[int], seconds: float = 3.0) -> list[dict[str, A
     """Return one row per number of threads, the same in both pools; each takes about ``seconds``."""
     rng = torch.Generator().manual_seed(0)
     layout = CSR()
-    batch = decode_batch(layout, NUM_SEQS, CONTEXT_LEN, BLOCK_SIZE, rng)
+    batch = chunk_batch(layout, NUM_SEQS, 1, CONTEXT_LEN, BLOCK_SIZE, rng)
     attention = CPUPagedAttention(layout)
     shape = (NUM_SEQS * CONTEXT_LEN // BLOCK_SIZE, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE)
     keys, values = torch.randn(2, *shape, generator=rng)
