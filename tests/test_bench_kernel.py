@@ -167,7 +167,7 @@ def test_the_command_measures_the_points_that_are_asked_for(monkeypatch):
     with pytest.raises(ConfigError, match="a number of seconds, not '-1'"):
         kernel.asked_seconds()
     monkeypatch.setenv("PAGEDLAB_BENCH_DEVICE", "tpu")
-    with pytest.raises(ConfigError, match="PAGEDLAB_BENCH_DEVICE must be one of cpu.*not 'tpu'"):
+    with pytest.raises(ConfigError, match=r"PAGEDLAB_BENCH_DEVICE must be one of cpu.*not 'tpu'"):
         kernel.main()
 
 

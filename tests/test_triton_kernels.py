@@ -14,11 +14,11 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import Case, error
 from test_model_executor import build, executor_for, prompts, serve
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import pagedlab as pl
 import pagedlab.kernels.layouts as layouts
@@ -718,7 +718,7 @@ def test_flashinfer_is_a_contender_where_it_is_installed(monkeypatch):
 
         def run(self, query, caches):
             keys, values = (c[self.pages].transpose(1, 2).flatten(2, 3) for c in caches)
-            return F.scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
+            return sdpa(query[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
 
     for name, size in SMALL.items():
         monkeypatch.setattr(kernel_gpu, name, size)
