@@ -28,6 +28,7 @@ from pagedlab.engine.orders import StepOrders, StepResult
 from pagedlab.engine.request import Request, SamplingParams
 from pagedlab.executors.stub import StubExecutor
 from pagedlab.policies import Recompute, Scheduler, SwapOut
+from pagedlab.policies.scheduler import PrefillFirst
 
 
 class Walking(Scheduler):
@@ -58,6 +59,36 @@ class Watched(StubExecutor):
     def execute(self, orders: StepOrders) -> StepResult:
         self.batches.append([(e.seq_id, e.start, len(e.tokens), e.num_samples) for e in orders.batch])
         return super().execute(orders)
+
+
+def test_blocks_that_come_free_in_the_midst_of_a_decision_are_not_overlooked() -> None:
+    """The only one that runs needs a block, and who has ended gives up its own, after others were refused."""
+    ends = []
+    for scheduler in ("prefill-first", Walking(inner=PrefillFirst())):
+        config = Config(
+            scheduler=scheduler,
+            num_blocks=7,
+            block_size=2,
+            max_num_seqs=4,
+            max_num_batched_tokens=16,
+            max_model_len=14,
+            async_scheduling=True,
+        )
+        engine = Engine(config, StubExecutor(vocab_size=3, seed=3), clock=StepClock())
+        for name, prompt, most in (("a", [0, 1, 2], 5), ("b", [0, 1, 0, 2], 9), ("c", [2], 4)):
+            engine.add(
+                Request(
+                    request_id=name,
+                    prompt=prompt,
+                    sampling=SamplingParams(max_tokens=most, ignore_eos=True, seed=0),
+                )
+            )
+            if name == "a":
+                engine.step()
+        engine.run()
+        ends.append({s.request_id: (s.num_preemptions, s.finished_at) for s in engine.finished})
+    assert ends[0]["c"][0] == 1, "who is refused was preempted before"
+    assert ends[0] == ends[1]
 
 
 @settings(max_examples=examples(3))

@@ -37,7 +37,7 @@ from pagedlab.testing.drivers import driver_class, has_driver
 from pagedlab.testing.search import budget, search
 from pagedlab.testing.subject import Subject, find_policy
 
-QUICK = 40
+QUICK = 60
 """Examples of the profile: half of it is tried for each law."""
 
 
@@ -83,6 +83,19 @@ def test_a_broken_policy_breaks_its_law_by_name(case: Broken) -> None:
     failed = {row.check: row.detail for row in table.failed}
     assert case.law in failed
     assert failed.keys() <= {case.law, *case.also}, failed
+
+
+def test_streams_are_the_same_whatever_is_loaded(tmp_path: Path) -> None:
+    """Hypothesis likes the numbers in the source of what it takes for one's own modules."""
+    (tmp_path / "mine.py").write_text(f"NUMBERS = {list(range(100, 800, 7))}\n")
+    script = "from pagedlab.testing.search import drawn; print(drawn(12, 40))"
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", load + script], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+        for load in ("", "import mine; ")
+    }
+    assert len(outputs) == 1
 
 
 def test_every_law_is_broken_by_somebody() -> None:

@@ -205,10 +205,13 @@ class Engine(Arrivals):
             self.cache.scattered = False
             self.cache.await_nothing()
             decision = self.policies.scheduler.plan(plan)
-            # A decision that let somebody in or cost somebody their blocks was made for another set of sequences; one
-            # that leaves a running sequence out can change with memory, for it hands that one what another gives up.
+            # A decision that let somebody in or cost somebody their blocks was made for another set of sequences, and
+            # one in whose midst blocks came free for less room; one that leaves a running sequence out can change
+            # with memory, for it hands that one what another gives up.
             everyone = not self.undecided if self.steady else len(plan.entries) == len(self.running)
-            self._stands = decision is not None and everyone and not (plan.lost or plan.admitted)
+            self._stands = (
+                decision is not None and everyone and not (plan.lost or plan.admitted or plan.gave_up)
+            )
             self._standing = [] if self.steady else list(plan.entries)
         else:
             for seq in tuple(self._standing):

@@ -59,7 +59,7 @@ class Queue(ReadOnly[Sequence]):
 class Plan:
     """One step in the making, as the scheduler sees it (`pagedlab.policies.scheduler.Step`)."""
 
-    __slots__ = ("_engine", "_queue", "admitted", "budget", "entries", "lost", "running")
+    __slots__ = ("_engine", "_queue", "admitted", "budget", "entries", "gave_up", "lost", "running")
 
     def __init__(self, engine: Seats) -> None:
         self._engine = engine
@@ -71,6 +71,8 @@ class Plan:
         """Preempted while this plan was made."""
         self.admitted = False
         """Whether this plan has let anybody in."""
+        self.gave_up = False
+        """Whether those who had ended gave up their blocks while this plan was made."""
         self._queue: Queue | None = None
 
     @property

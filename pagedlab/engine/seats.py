@@ -205,6 +205,7 @@ class Seats:
             if not candidates:
                 if self.leaving:
                     self._let_go()
+                    plan.gave_up = True
                     continue
                 raise PolicyError(
                     f"sequence {seq.seq_id} is alone and has no room for {num_tokens} tokens: "

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from itertools import combinations, product
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hypothesis import HealthCheck, Phase, Verbosity, configuration, given, settings
 from hypothesis import errors as hypothesis_errors
@@ -60,6 +61,27 @@ def _leaving_nothing_behind() -> Iterator[None]:
         configuration.set_hypothesis_home_dir(home)
 
 
+@contextmanager
+def _whatever_is_loaded() -> Iterator[None]:
+    """Keep Hypothesis from mixing in the numbers that stand in the source of loaded modules, so that the same streams
+    are drawn in every process. It has no setting for that; where it keeps them otherwise, they are mixed in.
+    """
+    try:
+        providers: Any = import_module("hypothesis.internal.conjecture.providers")
+        kept, nothing = providers._get_local_constants, providers.Constants()
+        permitted = providers.CONSTANTS_CACHE.cache
+    except (ImportError, AttributeError):
+        yield
+        return
+    permitted.clear()
+    providers._get_local_constants = lambda: nothing
+    try:
+        yield
+    finally:
+        providers._get_local_constants = kept
+        permitted.clear()
+
+
 Attempt = Callable[[int, list[int]], object]
 """Drives a policy with a stream, given the size of what is around it; raises `Broke` if a law is broken."""
 
@@ -82,7 +104,7 @@ def _draw(attempt: Attempt, longest: int, examples: int) -> None:
     def run(size: int, codes: list[int]) -> None:
         attempt(size, codes)
 
-    with _leaving_nothing_behind():
+    with _leaving_nothing_behind(), _whatever_is_loaded():
         run()
 
 
