@@ -89,8 +89,7 @@ def of_kernel(rows: Iterable[Mapping[str, Any]]) -> Figure:
         _block_sizes(ax, [row["block_size"] for row in here])
         ax.set_title(f"{point[0]} × {point[1]:,} tokens", fontsize=11)
     axes[0].set_ylabel("time over dense")
-    axes[0].set_yscale("log", base=2)
-    axes[0].yaxis.set_major_formatter(_PLAIN)
+    axes[0].set_ylim(bottom=0)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=min(6, len(handles[0])), frameon=False)
     return figure
