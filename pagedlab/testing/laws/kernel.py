@@ -124,10 +124,11 @@ def _limit(kernel: Any, dtype: str) -> float:
 
 def _options(kernel: Any) -> frozenset[str]:
     """Return the options that the ``attend`` of this kernel has."""
+    from pagedlab.executors.attention import make_attention
     from pagedlab.kernels.base import options_of
     from pagedlab.policies.layout import CSR
 
-    return options_of(_implementation(kernel)(CSR(), **kernel.get_params()))
+    return options_of(make_attention(kernel, CSR()))
 
 
 def _place(subject: Subject) -> tuple[str, str, Any]:
@@ -159,6 +160,7 @@ def _error(
     import numpy as np
     import torch
 
+    from pagedlab.executors.attention import make_attention
     from pagedlab.kernels.base import AttentionBatch
     from pagedlab.kernels.dense import dense_attention
     from pagedlab.policies.layout import CSR
@@ -198,8 +200,8 @@ def _error(
             max_context_len=max(t for _, t in lengths),
         )
 
-    implementation = _implementation(kernel)(layout, **kernel.get_params())
-    options = {"scale": size**-0.5} | {name: shape[name] for name in OPTIONS if name in shape}
+    implementation = make_attention(kernel, layout)
+    options: dict[str, Any] = {"scale": size**-0.5} | {name: shape[name] for name in OPTIONS if name in shape}
     for name in ("alibi_slopes", "sinks"):
         if name in shape:
             options[name] = draw(heads * group)
@@ -218,7 +220,7 @@ def _error(
         implementation.write(cache, torch.cat([c[at:] for c, at in zip(content, first)]), batch(first))
         contents.append(content)
         caches.append(cache)
-    out = implementation.attend(query, *caches, batch(first), **options)
+    out = implementation.attend(query, caches[0], caches[1], batch(first), **options)
     at, parts = 0, []
     for (q, _), keys, values in zip(lengths, *contents):
         parts.append(dense_attention(query[at : at + q].double(), keys.double(), values.double(), **options))
@@ -227,10 +229,3 @@ def _error(
     if out.shape != wanted.shape:
         raise LawBroken(f"the result has shape {list(out.shape)}, not {list(wanted.shape)}")
     return float((out.double() - wanted).norm() / wanted.norm())
-
-
-def _implementation(kernel: Any) -> Any:
-    from importlib import import_module
-
-    module, _, attribute = kernel.implementation.partition(":")
-    return getattr(import_module(module), attribute)
