@@ -7,7 +7,7 @@ neither in the cache nor in what a policy has observed. Data to be copied is ask
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from pagedlab import events as ev
 from pagedlab.cache.accounting import Memory, check_invariants
@@ -225,6 +225,13 @@ class KVCache(Tiers):
             self.events.record(
                 ev.BLOCKS_LOADED, table.seq_id, to, [b.key or 0 for b in here], medium=TIER_NAMES[pool.tier]
             )
+
+    def prepare_growth(self, tables: Sequence[BlockTable]) -> None:
+        """One more token of each table is about to be asked for: evict for all of them at once."""
+        if len(tables) > 1:
+            size = self.block_size
+            full = [t for t in tables if t.num_tokens == len(t.blocks) * size]
+            self.device.make_free(len(full))
 
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` tokens in all, and make the block to be written next the table's own."""

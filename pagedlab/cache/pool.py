@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from operator import itemgetter
 
 from pagedlab.errors import InvariantBroken, PolicyError
 from pagedlab.policies.allocator import Allocator
@@ -128,10 +129,16 @@ class BlockPool:
                     indices = allocator.allocate(n, after)
             else:
                 indices = self._piecewise(n, after)
-        taken = [self.blocks[indices[0]]] if n == 1 else list(map(self.blocks.__getitem__, indices))
+        taken = [self.blocks[indices[0]]] if n == 1 else list(itemgetter(*indices)(self.blocks))
         for block in taken:
             block.ref_count = 1
         return taken
+
+    def make_free(self, n: int) -> None:
+        """Evict at once what taking ``n`` blocks one by one for several holders would; nothing if there is too little."""
+        short = n - self.allocator.num_free
+        if 1 < short <= self.num_cached and not self._partitioned:
+            self._evict(short, ())
 
     def _piecewise(self, n: int, after: int | None) -> list[int]:
         indices: list[int] = []
@@ -219,25 +226,33 @@ class BlockPool:
 
     def drop(self, blocks: Sequence[Block], now: int) -> None:
         """One holder less of each block, in this order; those that nobody holds become cached or free."""
-        others = []
-        for block in blocks:
+        # As a rule the first (not full yet) become free, and the last (a beginning that others hold too) stay in use.
+        first, last = 0, len(blocks)
+        while first < last and blocks[first].key is None:
+            first += 1
+        while first < last and blocks[last - 1].ref_count > 1:
+            last -= 1
+        others = list(blocks[:first])
+        cached = blocks[first:last]
+        for block in cached:
             if block.ref_count == 1 and block.key is not None:
                 block.ref_count = 0
                 block.last_released = now
             else:
                 others.append(block)
-        cached, free = blocks, []
-        if others:
-            cached = [b for b in blocks if not b.ref_count]
-            for block in others:
-                left = block.ref_count - 1
-                block.ref_count = left
-                if not left:
-                    free.append(block.index)
-                else:
-                    self.saved_tokens -= block.fill
-                    if left == 1:
-                        block.fill = self.block_size
+        if len(others) > first:
+            cached = [b for b in cached if not b.ref_count]
+        others += blocks[last:]
+        free = []
+        for block in others:
+            left = block.ref_count - 1
+            block.ref_count = left
+            if not left:
+                free.append(block.index)
+            else:
+                self.saved_tokens -= block.fill
+                if left == 1:
+                    block.fill = self.block_size
         if cached:
             self.num_cached += len(cached)
             self.eviction.release_all(cached)

@@ -236,7 +236,9 @@ class Engine(Arrivals):
         """Make room for one more token of everyone who decodes, in order; only some can need it."""
         decoders = self.decoders
         fresh = decoders.fresh
-        for seq in [s for s in decoders.at_boundary() if s not in fresh] + list(fresh):
+        growing = [s for s in decoders.at_boundary() if s not in fresh]
+        self.cache.prepare_growth([s.table for s in growing])
+        for seq in growing + list(fresh):
             if seq.decoders is not None:  # not preempted for one before it
                 self.make_room(seq, seq.table.num_tokens + 1, plan)
         plan.budget -= len(decoders.members)

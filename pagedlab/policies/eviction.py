@@ -29,6 +29,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Hashable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import islice, repeat
+from sys import getsizeof
 from typing import Any, ClassVar, Literal
 
 from pagedlab.policies.base import Policy
@@ -244,7 +245,6 @@ class LRU(Eviction):
     growth = "constant"
 
     def reset(self, *, capacity: int) -> None:
-        self._capacity = capacity
         self._order: dict[Block, int] = {}
         """Released blocks, and how many looks there had been."""
         self._oldest: list[Block] = []
@@ -295,7 +295,7 @@ class LRU(Eviction):
         return self.evict()
 
     def _look(self, least: int) -> None:
-        if 8 * len(self._order) < self._capacity:
+        if getsizeof(self._order) > 256 * len(self._order) + 4096:
             self._order = dict(self._order)  # mostly holes
         self._oldest = list(islice(self._order, max(least, 64, len(self._order) // 4)))
         self._oldest.reverse()
