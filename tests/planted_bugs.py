@@ -17,6 +17,7 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import test_accounting
 import test_allocators
 import test_cache_machine
@@ -130,6 +131,11 @@ def collisions() -> None:
             )
 
 
+def stretches() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        test_lookup.test_what_follows_in_a_stretch_is_held_against_the_tokens(patch)
+
+
 def first_fit() -> None:
     for seed in range(60):
         pick = Random(seed)
@@ -172,6 +178,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "arrivals": arrivals,
     "tenants": tenants,
     "collisions": collisions,
+    "stretches": stretches,
     "failures": failures,
     "accounting": accounting,
     "orphan while loading": test_cache_machine.test_an_evicted_orphan_takes_the_place_of_what_is_being_loaded,
@@ -245,9 +252,16 @@ BUGS = [
         "pass",
         "walks",
     ),
-    Bug("lru may name a block in use", LRU, "hit", "self._order.pop(block, None)", "pass", "lru in use"),
-    Bug("lru forgets many hits at once", LRU, "hit_all", "pop(block, None)", "pass", "short cuts"),
-    Bug("lru looks too seldom", LRU, "evict", "< looks", "<= looks", "short cuts"),
+    Bug("lru may name a block in use", LRU, "hit", "block.mark = 0", "pass", "lru in use"),
+    Bug("lru forgets many hits at once", LRU, "hit_all", "block.mark = 0", "pass", "short cuts"),
+    Bug(
+        "lru keeps the place of an earlier release",
+        LRU,
+        "release",
+        "mark = self._mark + 1",
+        "mark = 1",
+        "short cuts",
+    ),
     Bug(
         "a simple policy may name a block in use",
         Eviction,
@@ -292,18 +306,42 @@ BUGS = [
     Bug(
         "a match does not verify the parent",
         ChainedHash,
-        "match",
-        "block.parent != parent or ",
+        "_find",
+        " and block.parent == parent",
         "",
         "collisions",
     ),
     Bug(
         "a match does not verify the tokens",
         ChainedHash,
-        "match",
-        " or block.content != content",
+        "_find",
+        " and block.content == content",
         "",
         "collisions",
+    ),
+    Bug(
+        "a stretch is believed to be whole",
+        ChainedHash,
+        "_following",
+        "after is None or after.stretch is not stretch or after.depth != depth",
+        "after is None",
+        "collisions",
+    ),
+    Bug(
+        "a stretch is believed to be what is asked for",
+        ChainedHash,
+        "match",
+        "same = _agreeing(held[block.at + 1 :], contents[at:limit])",
+        "same = limit - at",
+        "stretches",
+    ),
+    Bug(
+        "a block that is given up seems to hold what it held",
+        BlockPool,
+        "_give_up",
+        "block.stretch = NOWHERE",
+        "pass",
+        "walks",
     ),
     Bug(
         "a release forgets the first block",

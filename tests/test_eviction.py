@@ -432,7 +432,7 @@ class Batches:
 def test_evict_follows_from_what_a_subclass_changes() -> None:
     class Newest(make("eviction", "lru").__class__):  # type: ignore[misc]
         def victims(self, n: int, protected: Any = ()) -> list[Block]:
-            order = [b for b in reversed(self._order) if b not in protected]
+            order = [b for b in reversed([*self.order()]) if b not in protected]
             return order[:n] if len(order) >= n else []
 
     removed: list[Any] = []

@@ -479,7 +479,11 @@ def test_a_lookup_hears_of_those_who_will_be_back() -> None:
     assert lookup.expected == []
     cache.commit(tables[1], 7)
     cache.release(tables[1], returns=True)
-    assert lookup.expected == [(tables[1].prefix, [])], "equal blocks already stand for the first two"
+    ((prefix, given),) = lookup.expected
+    assert prefix is tables[1].prefix
+    assert [b.key is None for b in given] == [True, True, False], (
+        "equal blocks already stand for the first two"
+    )
     assert cache.admit(tables[0], Match(blocks, 4), 7)
     cache.commit(tables[0], 1)
     cache.release(tables[0], returns=True)

@@ -20,7 +20,7 @@ from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.table import BlockTable
 from pagedlab.policies import Block, Lookup
 from pagedlab.policies import lookup as lookup_module
-from pagedlab.policies.block import Origin
+from pagedlab.policies.block import Origin, Stretch
 from pagedlab.policies.lookup import Prefix, salt_key
 from pagedlab.registry import make
 
@@ -45,29 +45,42 @@ class Published:
         self.size = block_size
         self.truth: dict[Block, tuple[Any, tuple[int, ...]]] = {}
         self.count = 0
+        self.at_once = False
         lookup.reset(block_size=block_size, num_tiers=num_tiers)
 
     def publish(self, tokens: list[int], salt: Any = None) -> None:
-        prefix = Prefix(list(tokens), self.size, salt)
-        parent: Any = (salt,)
-        for i in range(len(tokens) // self.size):
-            block = Block(self.count)
-            self.count += 1
-            block.key, block.content = prefix.keys(i + 1)[i], prefix.contents(i + 1)[i]
-            block.parent, block.origin, block.depth = parent, Origin(salt=salt), i * self.size
-            published = self.lookup.publish(block)
-            parent = published.serial
-            if published.displaced is not None:
-                self.truth.pop(published.displaced)
-            if published.indexed:
-                block.serial = published.serial
-                self.truth[block] = salt, tuple(tokens[: (i + 1) * self.size])
+        """Have the blocks of a prompt published, in turn one by one and all at once."""
+        prefix, full = Prefix(list(tokens), self.size, salt), len(tokens) // self.size
+        if not full:
+            return
+        keys, contents = prefix.named(0, full)
+        stretch = Stretch(keys, contents, (salt,), None, 0, self.size, Origin(salt=salt))
+        blocks = [Block(self.count + i) for i in range(full)]
+        for i, block in enumerate(blocks):
+            block.key, block.stretch, block.depth = keys[i], stretch, i * self.size
+        self.count += full
+        self.at_once = not self.at_once
+        if self.at_once:
+            answers = dict(self.lookup.publish_chain(blocks))
+        else:
+            answers = dict(Lookup.publish_chain(self.lookup, blocks))
+        for i, block in enumerate(blocks):
+            self.truth[block] = salt, tuple(tokens[: (i + 1) * self.size])
+            answer = answers.get(i)
+            if answer is not None and answer.displaced is not None:
+                self.lose(answer.displaced)
+            if answer is not None and not answer.indexed:
+                self.lose(block)
+
+    def lose(self, block: Block) -> None:
+        del self.truth[block]
+        block.blank()
 
     def forget(self, choice: int) -> None:
         if self.truth:
             block = list(self.truth)[choice % len(self.truth)]
             self.lookup.forget(block)
-            del self.truth[block]
+            self.lose(block)
 
     def check(self, tokens: list[int], salt: Any = None) -> int:
         """Ask, and hold every block of the answer against what it really holds."""
@@ -122,6 +135,16 @@ def test_never_a_wrong_match(
             for other in (None, "a", "b"):
                 index.check(tokens, other)
             index.check([*tokens, 0, 1, 2], salt)
+
+
+def test_what_follows_in_a_stretch_is_held_against_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal keys in the right place of a stretch, and other tokens."""
+    monkeypatch.setattr(lookup_module, "hash", COLLIDING["last token"], raising=False)
+    index = Published("chained-hash", 2)
+    index.publish([0, 1, 1, 2, 2, 3])
+    assert index.check([0, 1, 1, 2, 2, 3]) == 6
+    assert index.check([0, 1, 0, 2, 2, 3]) == 2
+    assert index.check([0, 1, 1, 2, 1, 3]) == 4
 
 
 @pytest.mark.parametrize("collision", list(COLLIDING))

@@ -335,9 +335,9 @@ class Sweeping(LRU):
         return self._capacity
 
     def victims_for(self, origin: Origin, n: int, free: int, protected: Any = ()) -> list[Block] | None:
-        own = [block for block in self._order if block.origin == origin]
+        own = [block for block in self.order() if block.origin == origin]
         own = own if len(own) > 1 else []
-        others = [block for block in self._order if block not in own]
+        others = [block for block in self.order() if block not in own]
         short = n - free - len(own)
         return [*own, *others[: max(0, short)]] if short <= len(others) else None
 

@@ -19,12 +19,15 @@ from pagedlab.cache.tiers import Tiers
 from pagedlab.errors import InvariantBroken
 from pagedlab.events import EventLog
 from pagedlab.policies.allocator import Allocator
-from pagedlab.policies.block import DEVICE, DISK, HOST, TIER_NAMES, Block
+from pagedlab.policies.block import DEVICE, DISK, HOST, TIER_NAMES, Block, Stretch
 from pagedlab.policies.eviction import Eviction
-from pagedlab.policies.lookup import NO_MATCH, Lookup, Match, Prefix
+from pagedlab.policies.lookup import NO_MATCH, Lookup, Match, Prefix, Published
 from pagedlab.policies.prefetch import Fate
 from pagedlab.policies.swap import Swap
 from pagedlab.policies.view import NOTHING_KNOWN, View
+
+_LONGEST = 64
+"""Blocks in a stretch: while one of them is cached, what all of them hold is remembered."""
 
 
 class KVCache(Tiers):
@@ -210,9 +213,8 @@ class KVCache(Tiers):
             return target
         target.stand_for(source, self.device.next_store(), now)
         published = self.lookup.publish(target)
-        target.serial = source.serial
         if not published.indexed:
-            target.key = None
+            target.blank()
             return target
         if published.displaced is not None:
             self._displace(published.displaced)
@@ -292,40 +294,43 @@ class KVCache(Tiers):
             self._publish(table, full)
 
     def _publish(self, table: BlockTable, full: int) -> None:
-        first, prefix = table.num_published, table.prefix
-        keys, contents = prefix.named(first, full)
-        origin, now, device = table.origin, self.events.time, self.device
+        first, first_parent = table.num_published, table.parent_key
         blocks = table.blocks[first:full]
-        parent_key = first_parent = table.parent_key
-        born = device.next_store()
-        for block, key, content, depth in zip(blocks, keys, contents, self._depths(first, full)):
-            block.parent_key = parent_key
-            block.key = parent_key = key
-            block.content = content
-            block.origin = origin
-            block.depth = depth
-            block.born = born
-            block.created = now
-            block.hits = 0
-        special = self.lookup.publish_chain(blocks, table.parent)
+        born = self.device.next_store()
+        special: list[tuple[int, Published]] = []
+        for start in range(first, full, _LONGEST):
+            stop = min(start + _LONGEST, full)
+            some = blocks if stop - start == full - first else blocks[start - first : stop - first]
+            stretch = self._stretch(table, start, stop)
+            for block, key, depth in zip(some, stretch.keys, self._depths(start, stop)):
+                block.key = key
+                block.stretch = stretch
+                block.depth = depth
+                block.born = born
+                block.hits = 0
+            special += [(start - first + i, answer) for i, answer in self.lookup.publish_chain(some)]
+            assert stretch.serials is not None
+            table.parent, table.parent_key = stretch.serials[-1], stretch.keys[-1]
+            if self._awaited and not self._awaited.isdisjoint(stretch.keys):
+                self.better_match = True
         table.num_published = full
-        table.parent, table.parent_key = blocks[-1].serial, parent_key
         stored, done = blocks, 0
         if special:
             for i, answer in special:
                 # What makes way may be one of these very blocks, so all before it are in first.
-                device.store(blocks[done:i])
+                self.device.store(blocks[done:i])
                 if answer.displaced is not None:
                     self._displace(answer.displaced)
                 done = i
                 if not answer.indexed:
-                    blocks[i].key, done = None, i + 1
+                    blocks[i].blank()
+                    done = i + 1
             stored = [b for b in blocks if b.key is not None]
-        device.store(blocks[done:] if done else blocks)
+        self.device.store(blocks[done:] if done else blocks)
         if self._eager:
             for block in stored:
                 self._offer(block)
-        if self._await_any or (self._awaited and not self._awaited.isdisjoint(keys)):
+        if self._await_any:
             self.better_match = True
         if stored and self.events.enabled:
             self.events.record(
@@ -336,6 +341,14 @@ class KVCache(Tiers):
                 first_parent,
                 token_ids=[b.content for b in stored],
             )
+
+    def _stretch(self, table: BlockTable, first: int, last: int) -> Stretch:
+        """Return what the blocks ``first`` to ``last`` (exclusive) of the table will have in common."""
+        keys, contents = table.prefix.named(first, last)
+        size = self.block_size
+        return Stretch(
+            keys, contents, table.parent, table.parent_key, first * size, size, table.origin, self.events.time
+        )
 
     def _depths(self, first: int, full: int) -> list[int]:
         """Return the tokens before each of the blocks ``first`` to ``full`` of any sequence."""
@@ -352,9 +365,7 @@ class KVCache(Tiers):
         ``returns``: the sequence will be back for them.
         """
         if returns and self._shares:
-            known = table.blocks[: table.num_published]
-            keys = [b.key for b in known]
-            self.lookup.expect(table.prefix, known[: keys.index(None)] if None in keys else known)
+            self.lookup.expect(table.prefix, table.blocks[: table.num_published])
         if table.host_blocks:
             self.host.drop(table.host_blocks[::-1], self.events.time)  # type: ignore[union-attr]
             table.host_blocks = []

@@ -7,7 +7,7 @@ from operator import itemgetter
 
 from pagedlab.errors import InvariantBroken, PolicyError
 from pagedlab.policies.allocator import Allocator
-from pagedlab.policies.block import DEVICE, TIER_NAMES, Block, Origin
+from pagedlab.policies.block import DEVICE, NOWHERE, TIER_NAMES, Block, Origin
 from pagedlab.policies.eviction import Eviction
 from pagedlab.policies.view import NOTHING_KNOWN, View
 
@@ -135,7 +135,7 @@ class BlockPool:
         return taken
 
     def make_free(self, n: int) -> None:
-        """Evict at once what taking ``n`` blocks one by one for several holders would; nothing if there is too little."""
+        """Evict at once what taking ``n`` blocks one by one would; nothing if that is not to be had."""
         short = n - self.allocator.num_free
         if 1 < short <= self.num_cached and not self._partitioned:
             self._evict(short, ())
@@ -187,6 +187,7 @@ class BlockPool:
             self.eviction.remove_all(victims)
         for block in victims:
             block.key = None
+            block.stretch = NOWHERE
         self.num_cached -= n
         self.allocator.free(indices)
 
@@ -262,7 +263,7 @@ class BlockPool:
     def blank(self, block: Block) -> None:
         """The block can no longer be found; if nobody holds it, it is free."""
         self.eviction.remove(block)
-        block.key = None
+        block.blank()
         if block.ref_count == 0:
             self.num_cached -= 1
             self.allocator.free([block.index])
@@ -278,6 +279,9 @@ class BlockPool:
             raise InvariantBroken(
                 f"{name}: {self.num_free} free + {in_use} in use + {cached} cached != {self.capacity} blocks"
             )
+        for block in self.blocks:
+            if block.key is None and block.stretch is not NOWHERE:
+                raise InvariantBroken(f"{block!r} seems to hold what it does not hold any more")
         if any(b.ref_count < 0 for b in self.blocks):
             raise InvariantBroken(f"{name}: a reference count is negative")
         saved = sum((b.ref_count - 1) * b.fill for b in self.blocks if b.ref_count > 1)

@@ -21,11 +21,11 @@ another content to it. For policies that give up children before parents, as LRU
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice, repeat
+from itertools import islice, repeat
 from typing import NamedTuple
 
 from pagedlab.errors import PolicyError
-from pagedlab.policies.block import NOBODY, Block, Origin
+from pagedlab.policies.block import NOBODY, Block, Origin, Stretch
 from pagedlab.policies.eviction import Eviction
 from pagedlab.policies.view import View
 
@@ -87,7 +87,8 @@ def plain(
             found = 0
             if begin is not None:
                 begin(origin)
-            for key, parent, depth in places.of(keys, chained):
+            stretch = Stretch(keys, None, None, None, 0, block_size, origin, now)
+            for key, depth in places.of(keys, chained):
                 block = find(key)
                 if block is not None:
                     found += 1
@@ -112,12 +113,10 @@ def plain(
                             raise _illegal(policy, block)
                     born += 1
                     resident[key] = block
-                    block.key = block.serial = key
-                    block.parent = block.parent_key = parent
+                    block.key = key
+                    block.stretch = stretch
                     block.depth = depth
-                    block.origin = origin
                     block.born = born
-                    block.created = now
                     block.hits = 0
                     block.ref_count = 1
                     if insert is not None:
@@ -178,7 +177,8 @@ def prefix(
             short = fits - found - len(spare)
             if short > 0:
                 spare += _give_up(short, policy, resident)
-            for key, parent, depth in islice(places.of(keys, chained), found, fits):
+            stretch = Stretch(keys, None, None, None, 0, block_size, origin, now)
+            for key, depth in islice(places.of(keys, chained), found, fits):
                 orphan = find(key)
                 if orphan is not None:
                     policy.remove(orphan)
@@ -186,12 +186,10 @@ def prefix(
                 block = spare.pop()
                 born += 1
                 resident[key] = block
-                block.key = block.serial = key
-                block.parent = block.parent_key = parent
+                block.key = key
+                block.stretch = stretch
                 block.depth = depth
-                block.origin = origin
                 block.born = born
-                block.created = now
                 block.hits = 0
                 block.ref_count = 1
                 if insert is not None:
@@ -212,22 +210,22 @@ def _view_of(policy: Eviction) -> ReplayView:
 
 
 class _Places:
-    """Where the blocks of a request stand: what each continues, and the tokens before it."""
+    """Where the blocks of a request stand."""
 
     def __init__(self, block_size: int, tail_first: bool = False) -> None:
         self._size, self._tail_first = block_size, tail_first
         self._starts: list[int] = []
 
-    def of(self, keys: Sequence[int], chained: bool) -> Iterator[tuple[int, int | None, int]]:
-        """Return for each access its key, the key before it (None: it continues nothing), and its first token."""
+    def of(self, keys: Sequence[int], chained: bool) -> Iterator[tuple[int, int]]:
+        """Return for each access its key, and the tokens before it (0 where accesses continue nothing)."""
         if not chained:
-            return zip(reversed(keys) if self._tail_first else keys, repeat(None), repeat(0))
+            return zip(reversed(keys) if self._tail_first else keys, repeat(0))
         n, starts = len(keys), self._starts
         if n > len(starts):
             starts += range(len(starts) * self._size, 2 * n * self._size, self._size)
         if not self._tail_first:
-            return zip(keys, chain((None,), keys), starts)
-        return zip(keys[::-1], chain(keys[-2::-1], (None,)), starts[n - 1 :: -1])
+            return zip(keys, starts)
+        return zip(keys[::-1], starts[n - 1 :: -1])
 
 
 def _listens(policy: Eviction, observation: str) -> bool:

@@ -83,7 +83,6 @@ class Tiers:
         published = self.lookup.publish(copy)
         if published.displaced is not None:
             self._displace(published.displaced)
-        copy.serial = block.serial
         if published.indexed:
             self.moves.append(Move(block.tier, block.index, tier, copy.index))
             pool.store((copy,))
@@ -100,7 +99,7 @@ class Tiers:
             if self._eager:
                 self._offer(copy)
         else:
-            copy.key = None
+            copy.blank()
         pool.drop(taken, now)
 
     def _lower_evicted(self, blocks: list[Block]) -> None:

@@ -2,12 +2,13 @@
 
     free ──take──▶ in use (ref_count ≥ 1) ──drop──▶ cached (ref_count 0, still found by its prefix) ──evict──▶ free
 
-The cache owns and changes these objects; policies only read them. They hash by identity, so they can be keys.
+The cache owns and changes these objects; policies only read them, but for `Block.mark`. They hash by identity, so they
+can be keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 DEVICE = 0
@@ -38,11 +39,84 @@ class Origin(NamedTuple):
 
 NOBODY = Origin()
 
+_ALONE = 1 << 62
+"""More tokens than any prompt has: in a stretch whose blocks are that long, every block is the first."""
+
+
+class Stretch:
+    """Some blocks of a chain that a sequence stored at once, and what they have in common.
+
+    They continue each other; the first continues ``parent`` (the serial of the content before it, or the salt of the
+    tenant) and has ``depth`` tokens before it. A stretch is never changed once its ``serials`` are there.
+    """
+
+    __slots__ = (
+        "contents",
+        "created",
+        "depth",
+        "keys",
+        "origin",
+        "parent",
+        "parent_key",
+        "serials",
+        "size",
+    )
+
+    def __init__(
+        self,
+        keys: Sequence[int | None],
+        contents: Sequence[Hashable] | None,
+        parent: Hashable = None,
+        parent_key: int | None = None,
+        depth: int = 0,
+        size: int = _ALONE,
+        origin: Origin = NOBODY,
+        created: int = 0,
+        serials: Sequence[int] | None = None,
+    ) -> None:
+        self.keys = keys
+        self.contents = contents
+        """None: nobody looks at tokens (a replay)."""
+        self.serials = serials
+        """None: not known yet, or a key is as good as a serial (a replay)."""
+        self.parent = parent
+        self.parent_key = parent_key
+        self.depth = depth
+        self.size = size
+        """Tokens in a block."""
+        self.origin = origin
+        self.created = created
+
+    def copied(self, created: int) -> Stretch:
+        """Return the same contents, stored elsewhere at ``created``."""
+        return Stretch(
+            self.keys,
+            self.contents,
+            self.parent,
+            self.parent_key,
+            self.depth,
+            self.size,
+            self.origin,
+            created,
+            self.serials,
+        )
+
+
+class _Nowhere(Stretch):
+    __slots__ = ()
+
+    def __reduce__(self) -> str:
+        return "NOWHERE"
+
+
+NOWHERE = _Nowhere((None,), None)
+"""Where blocks belong that hold nothing findable."""
+
 
 class _Slot:
     """What is looked at whenever a block changes hands, in one cache line (slots of a base class come first)."""
 
-    __slots__ = ("index", "key", "last_released", "ref_count")
+    __slots__ = ("index", "key", "last_released", "mark", "ref_count")
 
 
 class Block(_Slot):
@@ -51,19 +125,17 @@ class Block(_Slot):
     ``key`` is the chained hash by which lookups find the content, None while nothing can be found here. A hit
     is verified by ``content`` (the block's token ids) and ``parent`` (the ``serial`` of the content before
     it, or the salt of the tenant for a first block), so equal keys of unequal prefixes never meet.
+
+    What a block has in common with those that were stored with it lies in its ``stretch``, and the block looks it up
+    there. Setting it (whoever plays the cache for a policy may) gives the block a stretch of its own.
     """
 
     __slots__ = (
         "born",
-        "content",
-        "created",
         "depth",
         "fill",
         "hits",
-        "origin",
-        "parent",
-        "parent_key",
-        "serial",
+        "stretch",
         "tier",
     )
 
@@ -76,49 +148,137 @@ class Block(_Slot):
         self.fill = size
         """Tokens in it while it is shared (a shared block is never written); else what it can hold."""
         self.key: int | None = None
-        self.serial = GONE
-        """Identity of the content; copies in several tiers have the same."""
-        self.parent: Hashable = None
-        self.parent_key: int | None = None
-        self.content: Hashable = None
-        self.origin = NOBODY
-        """Session, request class and salt of the sequence that stored it."""
+        self.stretch: Stretch = NOWHERE
         self.depth = 0
         """Tokens before this block in its sequence."""
         self.hits = 0
         """Admissions that found it, since it was stored."""
         self.born = -1
         """It was stored in its tier by the n-th store; blocks that one sequence stores at once share it."""
-        self.created = 0
-        """Engine time at which it was stored, in picoseconds."""
         self.last_released = 0
         """Engine time of the last release, in picoseconds."""
+        self.mark = 0
+        """For the eviction policy of its tier to note something: no dictionary is as quick. Nobody else looks at it."""
+
+    @property
+    def at(self) -> int:
+        """Which block of its stretch it is."""
+        stretch = self.stretch
+        return (self.depth - stretch.depth) // stretch.size
+
+    @property
+    def serial(self) -> int:
+        """Identity of the content; copies in several tiers have the same. `GONE` where nothing can be found."""
+        serials = self.stretch.serials
+        if serials is None:
+            return GONE if self.key is None else self.key
+        at = self.at
+        return serials[at] if at < len(serials) else GONE
+
+    @serial.setter
+    def serial(self, serial: int) -> None:
+        self._alone().serials = (serial,)
+
+    @property
+    def parent(self) -> Hashable:
+        """Serial of the content before it, or the tenant's salt in a tuple."""
+        stretch, at = self.stretch, self.at
+        if at:
+            return (stretch.keys if stretch.serials is None else stretch.serials)[at - 1]
+        return stretch.parent
+
+    @parent.setter
+    def parent(self, parent: Hashable) -> None:
+        self._alone().parent = parent
+
+    @property
+    def parent_key(self) -> int | None:
+        """Key of the content before it; None for a first block."""
+        at = self.at
+        return self.stretch.keys[at - 1] if at else self.stretch.parent_key
+
+    @parent_key.setter
+    def parent_key(self, key: int | None) -> None:
+        self._alone().parent_key = key
+
+    @property
+    def content(self) -> Hashable:
+        """Its token ids, or what stands for them; None where nobody looks at them (a replay)."""
+        contents = self.stretch.contents
+        return None if contents is None else contents[self.at]
+
+    @content.setter
+    def content(self, content: Hashable) -> None:
+        self._alone().contents = (content,)
+
+    @property
+    def origin(self) -> Origin:
+        """Session, request class and salt of the sequence that stored it."""
+        return self.stretch.origin
+
+    @origin.setter
+    def origin(self, origin: Origin) -> None:
+        self._alone().origin = origin
+
+    @property
+    def created(self) -> int:
+        """Engine time at which it was stored, in picoseconds."""
+        return self.stretch.created
+
+    @created.setter
+    def created(self, time: int) -> None:
+        self._alone().created = time
+
+    def _alone(self) -> Stretch:
+        """Return a stretch that no other block is in, after putting the block there."""
+        old = self.stretch
+        if old is NOWHERE or old.size != _ALONE:
+            serials = None if old.serials is None else (self.serial,)
+            self.stretch = Stretch(
+                (self.key,),
+                (self.content,),
+                self.parent,
+                self.parent_key,
+                0,
+                _ALONE,
+                old.origin,
+                old.created,
+                serials,
+            )
+        return self.stretch
 
     @property
     def session(self) -> str | None:
         """The session whose sequence stored it."""
-        return self.origin.session
+        return self.stretch.origin.session
 
     @property
     def request_class(self) -> str | None:
         """The class of the request that stored it."""
-        return self.origin.request_class
+        return self.stretch.origin.request_class
 
     @property
     def salt(self) -> Hashable:
         """The tenant that stored it."""
-        return self.origin.salt
+        return self.stretch.origin.salt
 
     def stand_for(self, other: Block, born: int, now: int) -> None:
         """Take on the content of ``other``, of which this block (in another tier) becomes a copy."""
-        self.key, self.parent, self.parent_key = other.key, other.parent, other.parent_key
-        self.content, self.depth, self.origin = other.content, other.depth, other.origin
-        self.born, self.created, self.hits = born, now, other.hits
+        self.key, self.depth, self.hits = other.key, other.depth, other.hits
+        self.stretch, self.born = other.stretch.copied(now), born
+
+    def blank(self) -> None:
+        """Hold nothing that can be found."""
+        self.key = None
+        self.stretch = NOWHERE
 
     def __repr__(self) -> str:
         state = "in use" if self.ref_count else "cached" if self.key is not None else "free"
         return f"<block {TIER_NAMES[self.tier]}:{self.index} {state} depth {self.depth} hits {self.hits}>"
 
 
-FIELDS = (*_Slot.__slots__, *Block.__slots__)
-"""All that a block has."""
+FIELDS = (
+    *("index", "tier", "ref_count", "fill", "key", "depth", "hits", "born", "last_released"),
+    *("serial", "parent", "parent_key", "content", "origin", "created"),
+)
+"""All that a block is."""

@@ -26,10 +26,9 @@ A policy that divides the tier among tenants says so by `partitioned`: it is the
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
-from itertools import islice, repeat
-from sys import getsizeof
+from itertools import count, islice, repeat
 from typing import Any, ClassVar, Literal
 
 from pagedlab.policies.base import Policy
@@ -38,6 +37,8 @@ from pagedlab.policies.view import NOTHING_KNOWN, View
 from pagedlab.registry import register
 
 Score = float | tuple[float, ...]
+
+_INSTANCES = count(1)
 
 
 class Eviction(Policy):
@@ -237,86 +238,102 @@ def _depth(cls: type, method: str) -> int:
 class LRU(Eviction):
     """Give up the block released longest ago (vLLM). O(1) an operation, amortised.
 
-    A dictionary keeps the order of release. Its front fills with holes, so it is not read from there for every victim:
-    a look copies the oldest quarter, and victims come from the copy as long as they have not been used since. When a
-    block was released says so: before the look, or after it.
+    One list of releases, oldest first, and in step with it the marks that they gave their blocks. An entry counts as
+    long as the block has that mark: a hit or removal wipes it off, the next release gives another. So the list grows
+    at its end and is read from its head; what does not count any more is passed over there, and cleared out when the
+    list is more than twice as long as the tier.
     """
 
     growth = "constant"
 
     def reset(self, *, capacity: int) -> None:
-        self._order: dict[Block, int] = {}
-        """Released blocks, and how many looks there had been."""
-        self._oldest: list[Block] = []
-        """What the last look saw, the oldest last."""
-        self._looks = 0
+        self._capacity = capacity
+        self._blocks: list[Block] = []
+        self._marks: list[int] = []
+        self._head = 0
+        """What comes before it is past."""
+        self._mark = next(_INSTANCES) << 48
+        """The last mark given; no other policy gives the same."""
+        self._named: list[Block] = []
+        """The victims named last."""
+        self._beyond = 0
+        """Where the head will be when they are gone."""
 
     def hit(self, block: Block) -> None:
-        self._order.pop(block, None)
+        block.mark = 0
 
     def release(self, block: Block) -> None:
-        self._order[block] = self._looks
+        self._mark = block.mark = mark = self._mark + 1
+        blocks = self._blocks
+        blocks.append(block)
+        self._marks.append(mark)
+        if len(blocks) > 2 * self._capacity + 64:
+            self._tidy()
 
     def remove(self, block: Block) -> None:
-        self._order.pop(block, None)
+        block.mark = 0
+
+    def _tidy(self) -> None:
+        """Drop what does not count any more."""
+        self._blocks = [self._blocks[i] for i in self._places()]
+        self._marks = [b.mark for b in self._blocks]
+        self._head, self._named = 0, []
+
+    def _places(self) -> Iterator[int]:
+        """Yield where the list has entries that count, the oldest first."""
+        blocks, marks = self._blocks, self._marks
+        return (i for i in range(self._head, len(blocks)) if blocks[i].mark == marks[i])
+
+    def order(self) -> Iterator[Block]:
+        """Yield the released blocks, the oldest first."""
+        return (self._blocks[i] for i in self._places())
 
     def victims(self, n: int, protected: Collection[Block] = ()) -> list[Block]:
+        blocks, marks = self._blocks, self._marks
         if protected:
-            order = (b for b in self._order if b not in protected)
-            chosen = list(islice(order, n))
+            chosen = list(islice((b for b in self.order() if b not in protected), n))
             return chosen if len(chosen) == n else []
-        if len(self._order) < n:
-            return []
-        get, oldest, looks = self._order.get, self._oldest, self._looks
-        chosen = oldest[: -n - 1 : -1]
-        if len(chosen) == n and max(map(get, chosen, repeat(looks)), default=-1) < looks:
-            return chosen
+        self._head = end = next(self._places(), len(blocks))
         chosen = []
-        while len(chosen) < n and oldest:
-            some = oldest[len(chosen) - n :]
-            del oldest[len(chosen) - n :]
-            chosen += [b for b in reversed(some) if get(b, looks) < looks]
-        if len(chosen) == n:
-            oldest += reversed(chosen)
-            return chosen
-        self._look(n)
-        return self._oldest[: -n - 1 : -1]
+        while len(chosen) < n:
+            start, end = end, end + n - len(chosen)
+            some, given = blocks[start:end], marks[start:end]
+            if not some:
+                return []
+            if [b.mark for b in some] != given:
+                some = [b for b, mark in zip(some, given) if b.mark == mark]
+            chosen += some
+        self._named, self._beyond = chosen[:], end
+        return chosen
 
     def evict(self) -> Block | None:
-        order, oldest, looks = self._order, self._oldest, self._looks
-        while oldest:
-            block = oldest.pop()
-            if order.get(block, looks) < looks:
-                del order[block]
-                return block
-        if not order:
+        at = next(self._places(), None)
+        if at is None:
             return None
-        self._look(1)
-        return self.evict()
-
-    def _look(self, least: int) -> None:
-        if getsizeof(self._order) > 256 * len(self._order) + 4096:
-            self._order = dict(self._order)  # mostly holes
-        self._oldest = list(islice(self._order, max(least, 64, len(self._order) // 4)))
-        self._oldest.reverse()
-        self._looks += 1
+        self._head = at + 1
+        block = self._blocks[at]
+        block.mark = 0
+        return block
 
     def hit_all(self, blocks: Sequence[Block]) -> None:
-        pop = self._order.pop
         for block in blocks:
-            pop(block, None)
+            block.mark = 0
 
     def release_all(self, blocks: Sequence[Block]) -> None:
-        order, looks = self._order, self._looks
+        self._mark = mark = self._mark + 1
         for block in blocks:
-            order[block] = looks
+            block.mark = mark
+        self._blocks += blocks
+        self._marks += repeat(mark, len(blocks))
+        if len(self._blocks) > 2 * self._capacity + 64:
+            self._tidy()
 
     def remove_all(self, blocks: Sequence[Block]) -> None:
-        pop, oldest, n = self._order.pop, self._oldest, len(blocks)
-        if oldest[: -n - 1 : -1] == blocks:
-            del oldest[-n:]
         for block in blocks:
-            pop(block, None)
+            block.mark = 0
+        if blocks == self._named:
+            self._head = self._beyond
+            self._named = []
 
 
 @register("eviction", "fifo")

@@ -17,12 +17,12 @@ from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import chain, islice
+from itertools import chain
 from typing import ClassVar, Literal, NamedTuple
 
 from pagedlab.errors import ConfigError
 from pagedlab.policies.base import Policy
-from pagedlab.policies.block import DEVICE, GONE, Block
+from pagedlab.policies.block import DEVICE, NOWHERE, Block, Stretch
 from pagedlab.policies.prompt import HashedTokens, private_id
 from pagedlab.registry import register
 
@@ -50,8 +50,8 @@ class Prefix:
         self.salt = salt
         self._contents: list[Hashable] = []
         self._keys: list[int] = []
-        self.found: tuple[list[Block], list[int]] | None = None
-        """For the lookup to note what it found last: blocks and their serials then."""
+        self.found: tuple[list[Block], list[Stretch]] | None = None
+        """For the lookup to note what it found last: blocks, and what they held then."""
 
     def keys(self, num_blocks: int) -> list[int]:
         """Return chained hashes of at least the first ``num_blocks`` full blocks (a list that belongs to the
@@ -76,7 +76,8 @@ class Prefix:
 
     def named(self, first: int, last: int) -> tuple[list[int], list[Hashable]]:
         """Return hashes and token ids of the full blocks ``first`` to ``last`` (exclusive)."""
-        return self.keys(last)[first:last], self._contents[first:last]
+        keys = self.keys(last)[first:last]
+        return keys, keys if self._contents is self._keys else self._contents[first:last]  # type: ignore[return-value]
 
     def forget(self) -> None:
         """Let go of all that can be computed again: nobody will ask soon."""
@@ -199,22 +200,28 @@ class Lookup(Policy):
         known.
         """
 
-    def publish_chain(self, blocks: Sequence[Block], parent: Hashable) -> list[tuple[int, Published]]:
-        """Make ``blocks`` findable, each the continuation of the one before, the first of content ``parent``.
+    def publish_chain(self, blocks: Sequence[Block]) -> Sequence[tuple[int, Published]]:
+        """Make ``blocks`` findable, which are one stretch, in order.
 
-        Sets their ``parent`` and ``serial``. Returns position and answer of those that were not simply indexed.
+        Sets the stretch's ``serials``. Returns position and answer of those that were not simply indexed.
         """
         special = []
+        stretch = blocks[0].stretch
+        stretch.serials = serials = list[int]()
         for i, block in enumerate(blocks):
-            block.parent = parent
             answer = self.publish(block)
-            block.serial = parent = answer.serial
+            serials.append(answer.serial)
+            if block.stretch is not stretch:  # somebody has set a part of it
+                block.serial = answer.serial
             if not answer.indexed or answer.displaced is not None:
                 special.append((i, answer))
         return special
 
     def expect(self, prefix: Prefix, blocks: list[Block]) -> None:
-        """A hint: the sequence of ``prefix`` gives up ``blocks``, the beginning of its chain, and will ask for them."""
+        """A hint: the sequence of ``prefix`` gives up ``blocks``, the beginning of its chain, and will ask for them.
+
+        What is not findable (key None) is among them, if another block stood for the same content already.
+        """
 
     @abstractmethod
     def forget(self, block: Block) -> None:
@@ -270,43 +277,62 @@ class ChainedHash(Lookup):
         keys = prefix.keys(limit)
         contents = prefix.contents(limit)
         found = self._still_there(prefix, limit)
-        start = len(found)
-        parent: Hashable = found[-1].serial if found else (prefix.salt,)
-        get = self._index[DEVICE].get
-        lower = self._index[1:]
-        for key, content in zip(islice(keys, start, limit), islice(contents, start, None)):
-            block = get(key)
-            if block is None or block.parent != parent or block.content != content:
-                for index in lower:
-                    block = index.get(key)
-                    if block is not None and block.parent == parent and block.content == content:
-                        break
-                else:
-                    break
+        start = at = len(found)
+        while at < limit:
+            parent: Hashable = found[-1].serial if found else (prefix.salt,)
+            block = self._find(keys[at], contents[at], parent)
+            if block is None:
+                break
             found.append(block)
-            parent = block.serial
+            at += 1
+            if block.tier == DEVICE and at < limit and (held := block.stretch.contents) is not None:
+                same = _agreeing(held[block.at + 1 :], contents[at:limit])
+                found += self._following(block, keys[at : at + same])
+                at = len(found)
         if not found:
             return NO_MATCH
-        if not lower and (len(found) > start or prefix.found is None or len(prefix.found[0]) != start):
-            prefix.found = found, [b.serial for b in found]
-        return Match(found, len(found) * self._block_size)
+        if len(self._index) == 1 and (at > start or prefix.found is None or len(prefix.found[0]) != start):
+            prefix.found = found, [b.stretch for b in found]
+        return Match(found, at * self._block_size)
+
+    def _find(self, key: int, content: Hashable, parent: Hashable) -> Block | None:
+        """Return the block that holds ``content`` after ``parent``, in its highest tier."""
+        for index in self._index:
+            block = index.get(key)
+            if block is not None and block.parent == parent and block.content == content:
+                return block
+        return None
+
+    def _following(self, block: Block, keys: Sequence[int]) -> list[Block]:
+        """Return the blocks of the device that follow ``block`` in its stretch, as long as ``keys`` find them."""
+        get, stretch, depth, size = self._index[DEVICE].get, block.stretch, block.depth, self._block_size
+        found = []
+        for key in keys:
+            after = get(key)
+            depth += size
+            if after is None or after.stretch is not stretch or after.depth != depth:
+                break
+            found.append(after)
+        return found
 
     def _still_there(self, prefix: Prefix, limit: int) -> list[Block]:
-        """Return the first blocks of the last match that still hold what they held: a serial says so.
+        """Return the first blocks of the last match that still hold what they held: their stretch says so.
 
         Who is refused is asked for again, step after step, and most of what was found is found again.
         """
         if prefix.found is None or len(self._index) > 1:
             return []
-        blocks, serials = prefix.found
-        now = [b.serial for b in blocks]
-        if now != serials:
-            return blocks[: next(i for i, (a, b) in enumerate(zip(now, serials)) if a != b)][:limit]
+        blocks, stretches = prefix.found
+        now = [b.stretch for b in blocks]
+        if now != stretches:
+            return blocks[: next(i for i, (a, b) in enumerate(zip(now, stretches)) if a is not b)][:limit]
         return blocks[:limit]
 
     def expect(self, prefix: Prefix, blocks: list[Block]) -> None:
         if len(self._index) == 1:
-            prefix.found = blocks, [b.serial for b in blocks]
+            stretches = [b.stretch for b in blocks]
+            n = stretches.index(NOWHERE) if NOWHERE in stretches else len(blocks)
+            prefix.found = blocks[:n], stretches[:n]
 
     def publish(self, block: Block) -> Published:
         assert block.key is not None
@@ -318,7 +344,6 @@ class ChainedHash(Lookup):
                 if resident.parent == block.parent:
                     return Published(resident.serial, False)
                 displaced = resident
-                displaced.serial = GONE
             else:
                 self._next_serial += 1
                 return Published(self._next_serial, False)
@@ -332,32 +357,26 @@ class ChainedHash(Lookup):
         here[block.key] = block
         return Published(serial, True, displaced)
 
-    def publish_chain(self, blocks: Sequence[Block], parent: Hashable) -> list[tuple[int, Published]]:
-        here = self._index[DEVICE]
-        if len(self._index) > 1 or not blocks or blocks[0].tier != DEVICE:
-            return super().publish_chain(blocks, parent)
-        special = []
-        serial = self._next_serial
-        for i, block in enumerate(blocks):
-            block.parent = parent
-            key = block.key
-            if key in here:
-                self._next_serial = serial
-                answer = self.publish(block)
-                parent, serial = answer.serial, self._next_serial
-                special.append((i, answer))
-            else:
-                here[key] = block  # type: ignore[index]
-                parent = serial = serial + 1
-            block.serial = parent
-        self._next_serial = serial
-        return special
+    def publish_chain(self, blocks: Sequence[Block]) -> Sequence[tuple[int, Published]]:
+        stretch, here, n = blocks[0].stretch, self._index[DEVICE], len(blocks)
+        keys = stretch.keys
+        if (
+            len(self._index) > 1
+            or blocks[0].tier != DEVICE
+            or not here.keys().isdisjoint(keys)
+            or (n > 1 and len(set(keys)) != n)
+        ):
+            return super().publish_chain(blocks)
+        here.update(zip(keys, blocks))  # type: ignore[arg-type]
+        first = self._next_serial + 1
+        self._next_serial += n
+        stretch.serials = range(first, first + n)
+        return ()
 
     def forget(self, block: Block) -> None:
         assert block.key is not None
         if self._index[block.tier].get(block.key) is block:
             del self._index[block.tier][block.key]
-            block.serial = GONE
 
     def forget_all(self, blocks: Sequence[Block]) -> None:
         if not blocks:
@@ -366,9 +385,7 @@ class ChainedHash(Lookup):
         take = here.pop
         for block in blocks:
             found = take(block.key, None)  # type: ignore[arg-type]
-            if found is block:
-                block.serial = GONE
-            elif found is not None:
+            if found is not block and found is not None:
                 here[block.key] = found  # type: ignore[index]
 
     def copy_in(self, block: Block, tier: int) -> Block | None:
@@ -438,6 +455,14 @@ class RadixTree(Lookup):
     def copy_in(self, block: Block, tier: int) -> Block | None:
         copies = self._children.get(block.parent, {}).get(block.content, [])
         return next((c for c in copies if c.tier == tier), None)
+
+
+def _agreeing(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
+    """Return how many items two sequences have in common at their beginning."""
+    n = min(len(a), len(b))
+    if list(a[:n]) == list(b[:n]):
+        return n
+    return next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Iterator
 from typing import Any
 
 from pagedlab.policies.base import param
@@ -23,10 +23,21 @@ class MRU(LRU):
     """
 
     def victims(self, n: int, protected: Collection[Block] = ()) -> list[Block]:
-        return choose(n, protected, reversed(self._order))
+        return choose(n, protected, self._latest())
+
+    def _latest(self) -> Iterator[Block]:
+        """Yield released blocks, latest first; what does not count any more is taken off the end of the list."""
+        blocks, marks = self._blocks, self._marks
+        while blocks and blocks[-1].mark != marks[-1]:
+            blocks.pop()
+            marks.pop()
+        return (blocks[i] for i in range(len(blocks) - 1, -1, -1) if blocks[i].mark == marks[i])
 
     def evict(self) -> Block | None:
-        return self._order.popitem()[0] if self._order else None
+        block = next(self._latest(), None)
+        if block is not None:
+            block.mark = 0
+        return block
 
 
 @register("eviction", "lru-k")

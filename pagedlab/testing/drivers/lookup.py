@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from pagedlab.policies.block import DEVICE, GONE, HOST, Block
+from pagedlab.policies.block import DEVICE, GONE, HOST, Block, Stretch
 from pagedlab.policies.lookup import Prefix
 from pagedlab.testing.driver import Driver
 
@@ -77,37 +77,41 @@ class Index(Driver):
         found = self.naive(salt, tokens)[0]
         if not self.shares or len(found) >= full:
             return
-        parent: Any = found[-1].serial if found else (salt,)
+        first = len(found)
+        keys, contents = prefix.named(first, full)
+        stretch = Stretch(keys, contents, (salt,), None, first * size, size)
+        if found:
+            stretch.parent, stretch.parent_key = found[-1].serial, found[-1].key
         fresh: list[Block] = []
-        for i in range(len(found), full):
+        for i, key in enumerate(keys, first):
             block = Block(len(self.stands_for) + len(fresh), DEVICE, size)
-            block.key, block.content = prefix.keys(full)[i], prefix.contents(full)[i]
-            block.parent_key = prefix.keys(full)[i - 1] if i else None
-            block.depth = i * size
+            block.key, block.stretch, block.depth = key, stretch, i * size
             fresh.append(block)
-        for i, block in enumerate(fresh, len(found)):
+        for i, block in enumerate(fresh, first):
             self.stands_for[block] = salt, tuple(tokens[: (i + 1) * size])
         said = f"publish {self.show(salt, tokens)}"
         if self.quick:
-            special = dict(self.ask(said, self.policy.publish_chain, fresh, parent))
+            special = dict(self.ask(said, self.policy.publish_chain, fresh))
             for i, block in enumerate(fresh):
                 answer = special.get(i)
-                self.take(block, block.serial, answer is None or answer.indexed, answer and answer.displaced)
+                self.take(block, answer is None or answer.indexed, answer and answer.displaced)
         else:
+            stretch.serials = serials = []
             for block in fresh:
-                block.parent = parent
                 answer = self.ask(said, self.policy.publish, block)
-                block.serial = parent = answer.serial
-                self.take(block, answer.serial, answer.indexed, answer.displaced)
+                serials.append(answer.serial)
+                if block.stretch is not stretch:  # the policy has changed something about the block
+                    block.serial = answer.serial
+                self.take(block, answer.indexed, answer.displaced)
         self.tell(said, [(b.index, b.serial, b.key) for b in fresh])
         for block in fresh:
             self.identified(block)
 
-    def take(self, block: Block, serial: int, indexed: bool, displaced: Block | None) -> None:
+    def take(self, block: Block, indexed: bool, displaced: Block | None) -> None:
         """Note what the index made of a published block."""
         if displaced is not None and displaced in self.blocks:
             self.blocks.remove(displaced)
-            displaced.key, displaced.serial = None, GONE
+            displaced.blank()
         if indexed:
             self.blocks.append(block)
         else:
@@ -141,8 +145,7 @@ class Index(Driver):
         copy.stand_for(block, 1, 0)
         self.stands_for[copy] = self.stands_for[block]
         answer = self.ask(f"publish {shown} on the host", self.policy.publish, copy)
-        copy.serial = block.serial
-        self.take(copy, answer.serial, answer.indexed, answer.displaced)
+        self.take(copy, answer.indexed, answer.displaced)
         self.tell(f"copy {shown} to the host", (copy.index, answer.serial, copy.key))
 
     def forget(self, argument: int) -> None:
@@ -167,7 +170,7 @@ class Index(Driver):
                 self.ask(said, self.policy.forget, block)
         for block in blocks:
             self.blocks.remove(block)
-            block.key, block.serial = None, GONE
+            block.blank()
         self.tell(said)
 
     def match(self, argument: int) -> None:
