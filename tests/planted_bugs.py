@@ -40,6 +40,7 @@ from pagedlab.engine.sequence import Sequence
 from pagedlab.executors.disk import BlockFile, Spoils
 from pagedlab.policies import LFU, LRU, ChainedHash, RadixTree
 from pagedlab.policies.allocator import Buddy, FirstFit
+from pagedlab.policies.block import Block
 from pagedlab.policies.eviction import Eviction
 from pagedlab.policies.fair import Fair
 from pagedlab.policies.lookup import Prefix
@@ -305,34 +306,34 @@ BUGS = [
     Bug("tenants share", Prefix, "__init__", "self.salt = salt", "self.salt = None", "tenants"),
     Bug(
         "a match does not verify the parent",
-        ChainedHash,
-        "_find",
-        " and block.parent == parent",
-        "",
+        Block,
+        "holds",
+        "return (self.parent if at else stretch.parent) == parent",
+        "return True",
         "collisions",
     ),
     Bug(
         "a match does not verify the tokens",
-        ChainedHash,
-        "_find",
-        " and block.content == content",
+        Block,
+        "holds",
+        " or stretch.contents[at] != content",
         "",
         "collisions",
     ),
     Bug(
         "a stretch is believed to be whole",
         ChainedHash,
-        "_following",
-        "after is None or after.stretch is not stretch or after.depth != depth",
-        "after is None",
+        "match",
+        "or block.stretch is not stretch",
+        "",
         "collisions",
     ),
     Bug(
         "a stretch is believed to be what is asked for",
         ChainedHash,
         "match",
-        "same = _agreeing(held[block.at + 1 :], contents[at:limit])",
-        "same = limit - at",
+        "or held[at] != content",
+        "",
         "stretches",
     ),
     Bug(

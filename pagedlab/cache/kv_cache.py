@@ -191,19 +191,19 @@ class KVCache(Tiers):
             for pool, low in self._below(found) if len(here) < len(found) else ():
                 pool.eviction.hit_all(low)
         self.device.eviction.hit_all(here)
-        prefix = table.prefix
-        num_full = len(prefix) // self.block_size
-        num_whole = len(found)
+        listens = type(self.device.eviction).miss is not Eviction.miss
+        if not listens and not len(self.prefetched):
+            return
+        keys = table.prefix.keys(num_full := len(table.prefix) // self.block_size)
+        missed = keys[len(found) : num_full]
         if len(self.prefetched):
             self.prefetched.end(here, "useful")
             lower = [b.key for b in found if b.tier and b.key is not None]
-            self.prefetched.missed(lower + prefix.keys(num_full)[num_whole:num_full])
-        if type(self.device.eviction).miss is Eviction.miss:  # it does not care
-            return
-        miss = self.device.eviction.miss
-        keys = prefix.keys(num_full)
-        for i in range(num_whole, num_full):
-            miss(keys[i], readmitted)
+            self.prefetched.missed(lower + missed)
+        if listens:
+            miss = self.device.eviction.miss
+            for key in missed:
+                miss(key, readmitted)
 
     def _load(self, source: Block, target: Block, now: int) -> Block:
         """Make ``target`` (taken, in use) the device copy of a pinned block of a lower tier."""
@@ -294,24 +294,30 @@ class KVCache(Tiers):
             self._publish(table, full)
 
     def _publish(self, table: BlockTable, full: int) -> None:
-        first, first_parent = table.num_published, table.parent_key
+        first, first_parent, size = table.num_published, table.parent_key, self.block_size
         blocks = table.blocks[first:full]
-        born = self.device.next_store()
+        born, now = self.device.next_store(), self.events.time
         special: list[tuple[int, Published]] = []
         for start in range(first, full, _LONGEST):
-            stop = min(start + _LONGEST, full)
-            some = blocks if stop - start == full - first else blocks[start - first : stop - first]
-            stretch = self._stretch(table, start, stop)
-            for block, key, depth in zip(some, stretch.keys, self._depths(start, stop)):
+            stop, some = full, blocks
+            if full - first > _LONGEST:
+                stop = min(start + _LONGEST, full)
+                some = blocks[start - first : stop - first]
+            keys, contents = table.prefix.named(start, stop)
+            stretch = Stretch(
+                keys, contents, table.parent, table.parent_key, start * size, size, table.origin, now
+            )
+            for block, key, depth in zip(some, keys, self._depths(start, stop)):
                 block.key = key
                 block.stretch = stretch
                 block.depth = depth
                 block.born = born
                 block.hits = 0
-            special += [(start - first + i, answer) for i, answer in self.lookup.publish_chain(some)]
+            if answers := self.lookup.publish_chain(some):
+                special += [(start - first + i, answer) for i, answer in answers]
             assert stretch.serials is not None
-            table.parent, table.parent_key = stretch.serials[-1], stretch.keys[-1]
-            if self._awaited and not self._awaited.isdisjoint(stretch.keys):
+            table.parent, table.parent_key = stretch.serials[-1], keys[-1]
+            if self._awaited and not self._awaited.isdisjoint(keys):
                 self.better_match = True
         table.num_published = full
         stored, done = blocks, 0
@@ -341,14 +347,6 @@ class KVCache(Tiers):
                 first_parent,
                 token_ids=[b.content for b in stored],
             )
-
-    def _stretch(self, table: BlockTable, first: int, last: int) -> Stretch:
-        """Return what the blocks ``first`` to ``last`` (exclusive) of the table will have in common."""
-        keys, contents = table.prefix.named(first, last)
-        size = self.block_size
-        return Stretch(
-            keys, contents, table.parent, table.parent_key, first * size, size, table.origin, self.events.time
-        )
 
     def _depths(self, first: int, full: int) -> list[int]:
         """Return the tokens before each of the blocks ``first`` to ``full`` of any sequence."""

@@ -158,11 +158,12 @@ class Engine(Arrivals):
             total = count * duration + growth * (count * (count - 1) // 2)
             result = StepResult([], duration_ps=total)
             self.clock.leap(total)
+            self._last_start = start + total - duration - growth * (count - 1)
         else:
             result = self.executor.execute(orders)
             self.clock.step_done(result.duration_ps)
+            self._last_start = start
         self._ended = []
-        self._last_start = start + (count - 1) * duration + growth * ((count - 1) * (count - 2) // 2)
         self.events.time = self.clock.now()
         self.events.step += count - 1
         self._commit(entries, orders.work, result, start, count, growth)

@@ -169,10 +169,11 @@ class Block(_Slot):
     @property
     def serial(self) -> int:
         """Identity of the content; copies in several tiers have the same. `GONE` where nothing can be found."""
-        serials = self.stretch.serials
+        stretch = self.stretch
+        serials = stretch.serials
         if serials is None:
             return GONE if self.key is None else self.key
-        at = self.at
+        at = (self.depth - stretch.depth) // stretch.size
         return serials[at] if at < len(serials) else GONE
 
     @serial.setter
@@ -261,6 +262,14 @@ class Block(_Slot):
     def salt(self) -> Hashable:
         """The tenant that stored it."""
         return self.stretch.origin.salt
+
+    def holds(self, content: Hashable, parent: Hashable) -> bool:
+        """Whether it holds ``content`` as what continues ``parent``."""
+        stretch = self.stretch
+        at = (self.depth - stretch.depth) // stretch.size
+        if stretch.contents is None or stretch.contents[at] != content:
+            return False
+        return (self.parent if at else stretch.parent) == parent
 
     def stand_for(self, other: Block, born: int, now: int) -> None:
         """Take on the content of ``other``, of which this block (in another tier) becomes a copy."""

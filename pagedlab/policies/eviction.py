@@ -241,7 +241,7 @@ class LRU(Eviction):
     One list of releases, oldest first, and in step with it the marks that they gave their blocks. An entry counts as
     long as the block has that mark: a hit or removal wipes it off, the next release gives another. So the list grows
     at its end and is read from its head; what does not count any more is passed over there, and cleared out when the
-    list is more than twice as long as the tier.
+    list is twice as long as the tier.
     """
 
     growth = "constant"
@@ -253,7 +253,9 @@ class LRU(Eviction):
         self._head = 0
         """What comes before it is past."""
         self._mark = next(_INSTANCES) << 48
-        """The last mark given; no other policy gives the same."""
+        """The last mark given; no other policy gives the same, and they rise as the list grows."""
+        self._due = self._mark + capacity + 64
+        """The mark at which it is time to look after the list."""
         self._named: list[Block] = []
         """The victims named last."""
         self._beyond = 0
@@ -264,68 +266,76 @@ class LRU(Eviction):
 
     def release(self, block: Block) -> None:
         self._mark = block.mark = mark = self._mark + 1
-        blocks = self._blocks
-        blocks.append(block)
+        self._blocks.append(block)
         self._marks.append(mark)
-        if len(blocks) > 2 * self._capacity + 64:
+        if mark > self._due:
             self._tidy()
 
     def remove(self, block: Block) -> None:
         block.mark = 0
 
     def _tidy(self) -> None:
-        """Drop what does not count any more."""
-        self._blocks = [self._blocks[i] for i in self._places()]
-        self._marks = [b.mark for b in self._blocks]
-        self._head, self._named = 0, []
-
-    def _places(self) -> Iterator[int]:
-        """Yield where the list has entries that count, the oldest first."""
+        """Drop what is past, and, where that is not enough, all that does not count any more."""
         blocks, marks = self._blocks, self._marks
-        return (i for i in range(self._head, len(blocks)) if blocks[i].mark == marks[i])
+        del blocks[: self._head], marks[: self._head]
+        self._head, self._named = 0, []
+        if len(blocks) > 2 * self._capacity + 64:
+            blocks[:] = [b for b, mark in zip(blocks, marks) if b.mark == mark]
+            marks[:] = [b.mark for b in blocks]
+        self._due = self._mark + self._capacity // 2 + 64
 
     def order(self) -> Iterator[Block]:
         """Yield the released blocks, the oldest first."""
-        return (self._blocks[i] for i in self._places())
+        blocks, marks = self._blocks, self._marks
+        return (blocks[i] for i in range(self._head, len(blocks)) if blocks[i].mark == marks[i])
 
     def victims(self, n: int, protected: Collection[Block] = ()) -> list[Block]:
         blocks, marks = self._blocks, self._marks
         if protected:
             chosen = list(islice((b for b in self.order() if b not in protected), n))
             return chosen if len(chosen) == n else []
-        self._head = end = next(self._places(), len(blocks))
-        chosen = []
+        at, length = self._head, len(blocks)
+        while at < length and blocks[at].mark != marks[at]:
+            at += 1
+        self._head = at
+        end = at + n
+        chosen, given = blocks[at:end], marks[at:end]
+        if [b.mark for b in chosen] != given:
+            chosen = [b for b, mark in zip(chosen, given) if b.mark == mark]
         while len(chosen) < n:
-            start, end = end, end + n - len(chosen)
-            some, given = blocks[start:end], marks[start:end]
-            if not some:
+            if end >= length:
                 return []
-            if [b.mark for b in some] != given:
-                some = [b for b, mark in zip(some, given) if b.mark == mark]
-            chosen += some
+            block = blocks[end]
+            if block.mark == marks[end]:
+                chosen.append(block)
+            end += 1
         self._named, self._beyond = chosen[:], end
         return chosen
 
     def evict(self) -> Block | None:
-        at = next(self._places(), None)
-        if at is None:
-            return None
-        self._head = at + 1
-        block = self._blocks[at]
-        block.mark = 0
-        return block
+        at, blocks, marks = self._head, self._blocks, self._marks
+        while at < len(blocks):
+            block = blocks[at]
+            if block.mark == marks[at]:
+                self._head = at + 1
+                block.mark = 0
+                return block
+            at += 1
+        self._head = at
+        return None
 
     def hit_all(self, blocks: Sequence[Block]) -> None:
         for block in blocks:
             block.mark = 0
 
     def release_all(self, blocks: Sequence[Block]) -> None:
-        self._mark = mark = self._mark + 1
+        n = len(blocks)
+        self._mark = mark = self._mark + n
         for block in blocks:
             block.mark = mark
         self._blocks += blocks
-        self._marks += repeat(mark, len(blocks))
-        if len(self._blocks) > 2 * self._capacity + 64:
+        self._marks += repeat(mark, n)
+        if mark > self._due:
             self._tidy()
 
     def remove_all(self, blocks: Sequence[Block]) -> None:

@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, islice
 from typing import ClassVar, Literal, NamedTuple
 
 from pagedlab.errors import ConfigError
@@ -273,47 +273,43 @@ class ChainedHash(Lookup):
         self._next_serial = 0
 
     def match(self, prefix: Prefix, max_tokens: int) -> Match:
-        limit = max_tokens // self._block_size
+        size = self._block_size
+        limit = max_tokens // size
         keys = prefix.keys(limit)
         contents = prefix.contents(limit)
         found = self._still_there(prefix, limit)
-        start = at = len(found)
-        while at < limit:
-            parent: Hashable = found[-1].serial if found else (prefix.salt,)
-            block = self._find(keys[at], contents[at], parent)
-            if block is None:
-                break
+        start = len(found)
+        get, alone = self._index[DEVICE].get, len(self._index) == 1
+        # What comes next in the stretch of the block before needs no other proof that it continues that block.
+        stretch: Stretch | None = None
+        held: Sequence[Hashable] = ()
+        at = depth = 0
+        for key, content in zip(islice(keys, start, limit), islice(contents, start, None)):
+            block = get(key)
+            if block is None or block.stretch is not stretch or block.depth != depth or held[at] != content:
+                parent = found[-1].serial if found else (prefix.salt,)
+                if block is None or not block.holds(content, parent):
+                    block = None if alone else self._find(key, content, parent)
+                    if block is None:
+                        break
+                stretch, at, depth = block.stretch, block.at, block.depth
+                held = stretch.contents or ()
             found.append(block)
             at += 1
-            if block.tier == DEVICE and at < limit and (held := block.stretch.contents) is not None:
-                same = _agreeing(held[block.at + 1 :], contents[at:limit])
-                found += self._following(block, keys[at : at + same])
-                at = len(found)
+            depth += size
         if not found:
             return NO_MATCH
-        if len(self._index) == 1 and (at > start or prefix.found is None or len(prefix.found[0]) != start):
+        if alone and (len(found) > start or prefix.found is None or len(prefix.found[0]) != start):
             prefix.found = found, [b.stretch for b in found]
-        return Match(found, at * self._block_size)
+        return Match(found, len(found) * size)
 
     def _find(self, key: int, content: Hashable, parent: Hashable) -> Block | None:
         """Return the block that holds ``content`` after ``parent``, in its highest tier."""
         for index in self._index:
             block = index.get(key)
-            if block is not None and block.parent == parent and block.content == content:
+            if block is not None and block.holds(content, parent):
                 return block
         return None
-
-    def _following(self, block: Block, keys: Sequence[int]) -> list[Block]:
-        """Return the blocks of the device that follow ``block`` in its stretch, as long as ``keys`` find them."""
-        get, stretch, depth, size = self._index[DEVICE].get, block.stretch, block.depth, self._block_size
-        found = []
-        for key in keys:
-            after = get(key)
-            depth += size
-            if after is None or after.stretch is not stretch or after.depth != depth:
-                break
-            found.append(after)
-        return found
 
     def _still_there(self, prefix: Prefix, limit: int) -> list[Block]:
         """Return the first blocks of the last match that still hold what they held: their stretch says so.
@@ -360,14 +356,15 @@ class ChainedHash(Lookup):
     def publish_chain(self, blocks: Sequence[Block]) -> Sequence[tuple[int, Published]]:
         stretch, here, n = blocks[0].stretch, self._index[DEVICE], len(blocks)
         keys = stretch.keys
-        if (
-            len(self._index) > 1
-            or blocks[0].tier != DEVICE
-            or not here.keys().isdisjoint(keys)
-            or (n > 1 and len(set(keys)) != n)
-        ):
+        if len(self._index) > 1 or blocks[0].tier != DEVICE or not here.keys().isdisjoint(keys):
             return super().publish_chain(blocks)
-        here.update(zip(keys, blocks))  # type: ignore[arg-type]
+        before = len(here)
+        for key, block in zip(keys, blocks):
+            here[key] = block  # type: ignore[index]
+        if len(here) != before + n:  # a key that comes twice
+            for key in set(keys):
+                del here[key]  # type: ignore[arg-type]
+            return super().publish_chain(blocks)
         first = self._next_serial + 1
         self._next_serial += n
         stretch.serials = range(first, first + n)
@@ -455,14 +452,6 @@ class RadixTree(Lookup):
     def copy_in(self, block: Block, tier: int) -> Block | None:
         copies = self._children.get(block.parent, {}).get(block.content, [])
         return next((c for c in copies if c.tier == tier), None)
-
-
-def _agreeing(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
-    """Return how many items two sequences have in common at their beginning."""
-    n = min(len(a), len(b))
-    if list(a[:n]) == list(b[:n]):
-        return n
-    return next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

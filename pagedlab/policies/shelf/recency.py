@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable
 from typing import Any
 
 from pagedlab.policies.base import param
 from pagedlab.policies.block import Block
 from pagedlab.policies.eviction import LRU, Score
-from pagedlab.policies.shelf.parts import Ghosts, Ranked, choose
+from pagedlab.policies.shelf.parts import Ghosts, Ranked
 from pagedlab.registry import register
 
 _LATER = 1 << 62
@@ -23,21 +23,26 @@ class MRU(LRU):
     """
 
     def victims(self, n: int, protected: Collection[Block] = ()) -> list[Block]:
-        return choose(n, protected, self._latest())
-
-    def _latest(self) -> Iterator[Block]:
-        """Yield released blocks, latest first; what does not count any more is taken off the end of the list."""
         blocks, marks = self._blocks, self._marks
         while blocks and blocks[-1].mark != marks[-1]:
             blocks.pop()
             marks.pop()
-        return (blocks[i] for i in range(len(blocks) - 1, -1, -1) if blocks[i].mark == marks[i])
+        chosen: list[Block] = []
+        for i in range(len(blocks) - 1, -1, -1):
+            block = blocks[i]
+            if block.mark == marks[i] and block not in protected:
+                chosen.append(block)
+                if len(chosen) == n:
+                    return chosen
+        return []
 
     def evict(self) -> Block | None:
-        block = next(self._latest(), None)
-        if block is not None:
-            block.mark = 0
-        return block
+        while self._blocks:
+            block = self._blocks.pop()
+            if block.mark == self._marks.pop():
+                block.mark = 0
+                return block
+        return None
 
 
 @register("eviction", "lru-k")
