@@ -27,7 +27,7 @@ from pagedlab.policies.swap import Swap
 from pagedlab.policies.view import NOTHING_KNOWN, View
 
 _LONGEST = 64
-"""Blocks in a stretch: while one of them is cached, what all of them hold is remembered."""
+"""Blocks in a stretch at most: while one of them is cached, what all of them hold is remembered."""
 
 
 class KVCache(Tiers):
@@ -294,31 +294,18 @@ class KVCache(Tiers):
             self._publish(table, full)
 
     def _publish(self, table: BlockTable, full: int) -> None:
-        first, first_parent, size = table.num_published, table.parent_key, self.block_size
+        first, first_parent = table.num_published, table.parent_key
         blocks = table.blocks[first:full]
-        born, now = self.device.next_store(), self.events.time
+        born = self.device.next_store()
+        room = _LONGEST if table.stretch is None else _LONGEST - len(table.stretch.keys) % _LONGEST
         special: list[tuple[int, Published]] = []
-        for start in range(first, full, _LONGEST):
-            stop, some = full, blocks
-            if full - first > _LONGEST:
-                stop = min(start + _LONGEST, full)
-                some = blocks[start - first : stop - first]
-            keys, contents = table.prefix.named(start, stop)
-            stretch = Stretch(
-                keys, contents, table.parent, table.parent_key, start * size, size, table.origin, now
-            )
-            for block, key, depth in zip(some, keys, self._depths(start, stop)):
-                block.key = key
-                block.stretch = stretch
-                block.depth = depth
-                block.born = born
-                block.hits = 0
-            if answers := self.lookup.publish_chain(some):
-                special += [(start - first + i, answer) for i, answer in answers]
-            assert stretch.serials is not None
-            table.parent, table.parent_key = stretch.serials[-1], keys[-1]
-            if self._awaited and not self._awaited.isdisjoint(keys):
-                self.better_match = True
+        if full - first <= room:
+            special += self._identify(table, blocks, first, born)
+        else:
+            for start in (0, *range(room, len(blocks), _LONGEST)):
+                some = blocks[start : start + (_LONGEST if start else room)]
+                answers = self._identify(table, some, first + start, born)
+                special += [(start + i, answer) for i, answer in answers]
         table.num_published = full
         stored, done = blocks, 0
         if special:
@@ -347,6 +334,34 @@ class KVCache(Tiers):
                 first_parent,
                 token_ids=[b.content for b in stored],
             )
+
+    def _identify(
+        self, table: BlockTable, blocks: list[Block], first: int, born: int
+    ) -> Collection[tuple[int, Published]]:
+        """Say what ``blocks``, the next of the table and few enough for one stretch, hold, and have them found."""
+        size, now = self.block_size, self.events.time
+        last = first + len(blocks)
+        keys, contents = table.prefix.named(first, last)
+        stretch = table.stretch
+        if stretch is None or len(stretch.keys) == _LONGEST:
+            stretch = table.stretch = Stretch(
+                keys, contents, table.parent, table.parent_key, first * size, size, table.origin
+            )
+        else:
+            stretch.grow(keys, contents)
+        for block, key, depth in zip(blocks, keys, self._depths(first, last)):
+            block.key = key
+            block.stretch = stretch
+            block.depth = depth
+            block.born = born
+            block.created = now
+            block.hits = 0
+        answers = self.lookup.publish_chain(blocks)
+        assert stretch.serials is not None
+        table.parent, table.parent_key = stretch.serials[-1], keys[-1]
+        if self._awaited and not self._awaited.isdisjoint(keys):
+            self.better_match = True
+        return answers
 
     def _depths(self, first: int, full: int) -> list[int]:
         """Return the tokens before each of the blocks ``first`` to ``full`` of any sequence."""

@@ -87,7 +87,7 @@ def plain(
             found = 0
             if begin is not None:
                 begin(origin)
-            stretch = Stretch(keys, None, None, None, 0, block_size, origin, now)
+            stretch = Stretch(keys, None, None, None, 0, block_size, origin)
             for key, depth in places.of(keys, chained):
                 block = find(key)
                 if block is not None:
@@ -117,6 +117,7 @@ def plain(
                     block.stretch = stretch
                     block.depth = depth
                     block.born = born
+                    block.created = now
                     block.hits = 0
                     block.ref_count = 1
                     if insert is not None:
@@ -177,7 +178,7 @@ def prefix(
             short = fits - found - len(spare)
             if short > 0:
                 spare += _give_up(short, policy, resident)
-            stretch = Stretch(keys, None, None, None, 0, block_size, origin, now)
+            stretch = Stretch(keys, None, None, None, 0, block_size, origin)
             for key, depth in islice(places.of(keys, chained), found, fits):
                 orphan = find(key)
                 if orphan is not None:
@@ -190,6 +191,7 @@ def prefix(
                 block.stretch = stretch
                 block.depth = depth
                 block.born = born
+                block.created = now
                 block.hits = 0
                 block.ref_count = 1
                 if insert is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from pagedlab.policies.block import Block, Origin
+from pagedlab.policies.block import Block, Origin, Stretch
 from pagedlab.policies.lookup import Prefix
 
 
@@ -30,6 +30,7 @@ class BlockTable:
         "parent_key",
         "prefix",
         "seq_id",
+        "stretch",
         "version",
     )
 
@@ -49,6 +50,8 @@ class BlockTable:
         self.parent: Hashable = (prefix.salt,)
         """Serial of the last published content, or the salt before the first."""
         self.parent_key: int | None = None
+        self.stretch: Stretch | None = None
+        """Where the last block that was published belongs."""
         self.version = 0
         self.host_blocks: list[Block] = []
         """Where the sequence lies while it is swapped out."""
@@ -85,3 +88,4 @@ class BlockTable:
         self.num_published = 0
         self.parent = (self.prefix.salt,)
         self.parent_key = None
+        self.stretch = None

@@ -44,23 +44,13 @@ _ALONE = 1 << 62
 
 
 class Stretch:
-    """Some blocks of a chain that a sequence stored at once, and what they have in common.
+    """Some blocks of a chain that one sequence stored, and what they have in common, in whatever tier they lie.
 
     They continue each other; the first continues ``parent`` (the serial of the content before it, or the salt of the
-    tenant) and has ``depth`` tokens before it. A stretch is never changed once its ``serials`` are there.
+    tenant) and has ``depth`` tokens before it. A stretch may grow at its end; nothing else about it ever changes.
     """
 
-    __slots__ = (
-        "contents",
-        "created",
-        "depth",
-        "keys",
-        "origin",
-        "parent",
-        "parent_key",
-        "serials",
-        "size",
-    )
+    __slots__ = ("contents", "depth", "keys", "origin", "parent", "parent_key", "serials", "size")
 
     def __init__(
         self,
@@ -71,7 +61,6 @@ class Stretch:
         depth: int = 0,
         size: int = _ALONE,
         origin: Origin = NOBODY,
-        created: int = 0,
         serials: Sequence[int] | None = None,
     ) -> None:
         self.keys = keys
@@ -85,21 +74,22 @@ class Stretch:
         self.size = size
         """Tokens in a block."""
         self.origin = origin
-        self.created = created
 
-    def copied(self, created: int) -> Stretch:
-        """Return the same contents, stored elsewhere at ``created``."""
-        return Stretch(
-            self.keys,
-            self.contents,
-            self.parent,
-            self.parent_key,
-            self.depth,
-            self.size,
-            self.origin,
-            created,
-            self.serials,
-        )
+    def grow(self, keys: list[int], contents: list[Hashable]) -> None:
+        """Take in what comes next; a lookup adds the serials."""
+        self.keys += keys  # type: ignore[operator]
+        if self.contents is not self.keys:
+            self.contents += contents  # type: ignore[operator]
+
+    def name(self, serials: Sequence[int]) -> None:
+        """Add the serials of what comes next."""
+        known = self.serials
+        if known is None:
+            self.serials = serials
+        elif isinstance(known, list):
+            known += serials
+        else:
+            self.serials = [*known, *serials]
 
 
 class _Nowhere(Stretch):
@@ -132,6 +122,7 @@ class Block(_Slot):
 
     __slots__ = (
         "born",
+        "created",
         "depth",
         "fill",
         "hits",
@@ -155,6 +146,8 @@ class Block(_Slot):
         """Admissions that found it, since it was stored."""
         self.born = -1
         """It was stored in its tier by the n-th store; blocks that one sequence stores at once share it."""
+        self.created = 0
+        """Engine time at which it was stored in its tier, in picoseconds."""
         self.last_released = 0
         """Engine time of the last release, in picoseconds."""
         self.mark = 0
@@ -221,15 +214,6 @@ class Block(_Slot):
     def origin(self, origin: Origin) -> None:
         self._alone().origin = origin
 
-    @property
-    def created(self) -> int:
-        """Engine time at which it was stored, in picoseconds."""
-        return self.stretch.created
-
-    @created.setter
-    def created(self, time: int) -> None:
-        self._alone().created = time
-
     def _alone(self) -> Stretch:
         """Return a stretch that no other block is in, after putting the block there."""
         old = self.stretch
@@ -243,7 +227,6 @@ class Block(_Slot):
                 0,
                 _ALONE,
                 old.origin,
-                old.created,
                 serials,
             )
         return self.stretch
@@ -273,8 +256,8 @@ class Block(_Slot):
 
     def stand_for(self, other: Block, born: int, now: int) -> None:
         """Take on the content of ``other``, of which this block (in another tier) becomes a copy."""
-        self.key, self.depth, self.hits = other.key, other.depth, other.hits
-        self.stretch, self.born = other.stretch.copied(now), born
+        self.key, self.stretch, self.depth, self.hits = other.key, other.stretch, other.depth, other.hits
+        self.born, self.created = born, now
 
     def blank(self) -> None:
         """Hold nothing that can be found."""
@@ -287,7 +270,7 @@ class Block(_Slot):
 
 
 FIELDS = (
-    *("index", "tier", "ref_count", "fill", "key", "depth", "hits", "born", "last_released"),
-    *("serial", "parent", "parent_key", "content", "origin", "created"),
+    *("index", "tier", "ref_count", "fill", "key", "depth", "hits", "born", "created", "last_released"),
+    *("serial", "parent", "parent_key", "content", "origin"),
 )
 """All that a block is."""

@@ -201,16 +201,15 @@ class Lookup(Policy):
         """
 
     def publish_chain(self, blocks: Sequence[Block]) -> Sequence[tuple[int, Published]]:
-        """Make ``blocks`` findable, which are one stretch, in order.
+        """Make ``blocks`` findable, the last of one stretch, in order.
 
-        Sets the stretch's ``serials``. Returns position and answer of those that were not simply indexed.
+        Adds their serials to the stretch. Returns position and answer of those that were not simply indexed.
         """
         special = []
         stretch = blocks[0].stretch
-        stretch.serials = serials = list[int]()
         for i, block in enumerate(blocks):
             answer = self.publish(block)
-            serials.append(answer.serial)
+            stretch.name((answer.serial,))
             if block.stretch is not stretch:  # somebody has set a part of it
                 block.serial = answer.serial
             if not answer.indexed or answer.displaced is not None:
@@ -354,8 +353,13 @@ class ChainedHash(Lookup):
         return Published(serial, True, displaced)
 
     def publish_chain(self, blocks: Sequence[Block]) -> Sequence[tuple[int, Published]]:
-        stretch, here, n = blocks[0].stretch, self._index[DEVICE], len(blocks)
-        keys = stretch.keys
+        here, n, stretch = self._index[DEVICE], len(blocks), blocks[0].stretch
+        if n == 1 and len(self._index) == 1 and (key := blocks[0].key) not in here:
+            here[key] = blocks[0]  # type: ignore[index]
+            self._next_serial += 1
+            stretch.name([self._next_serial])
+            return ()
+        keys = stretch.keys[-n:]
         if len(self._index) > 1 or blocks[0].tier != DEVICE or not here.keys().isdisjoint(keys):
             return super().publish_chain(blocks)
         before = len(here)
@@ -367,7 +371,7 @@ class ChainedHash(Lookup):
             return super().publish_chain(blocks)
         first = self._next_serial + 1
         self._next_serial += n
-        stretch.serials = range(first, first + n)
+        stretch.name(range(first, first + n))
         return ()
 
     def forget(self, block: Block) -> None:

@@ -96,10 +96,9 @@ class Index(Driver):
                 answer = special.get(i)
                 self.take(block, answer is None or answer.indexed, answer and answer.displaced)
         else:
-            stretch.serials = serials = []
             for block in fresh:
                 answer = self.ask(said, self.policy.publish, block)
-                serials.append(answer.serial)
+                stretch.name((answer.serial,))
                 if block.stretch is not stretch:  # the policy has changed something about the block
                     block.serial = answer.serial
                 self.take(block, answer.indexed, answer.displaced)
