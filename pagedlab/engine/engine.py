@@ -37,6 +37,10 @@ _IDLE_ASKS = 1000
 """A prefetcher is asked so often at most while the engine waits for one arrival, so that finite work ends."""
 
 
+_NO_FAILURES = StepResult([])
+"""What comes of steps that no executor runs."""
+
+
 class Engine(Arrivals):
     """Requests in, tokens and events out; policies decide, one executor does the work."""
 
@@ -156,7 +160,7 @@ class Engine(Arrivals):
             orders.wait_ps = self.prefetching.wait_ps(start)
         if count > 1:
             total = count * duration + growth * (count * (count - 1) // 2)
-            result = StepResult([], duration_ps=total)
+            result = _NO_FAILURES
             self.clock.leap(total)
             self._last_start = start + total - duration - growth * (count - 1)
         else:
