@@ -326,13 +326,14 @@ class KVCache(Tiers):
         if self._await_any:
             self.better_match = True
         if stored and self.events.enabled:
+            named = table.prefix.named(first, full)
             self.events.record(
                 ev.BLOCK_STORED,
                 table.seq_id,
                 [b.index for b in stored],
-                [b.key for b in stored],  # type: ignore[misc]
+                named[0] if stored is blocks else [b.key for b in stored],  # type: ignore[misc]
                 first_parent,
-                token_ids=[b.content for b in stored],
+                token_ids=named[1] if stored is blocks else [b.content for b in stored],
             )
 
     def _identify(

@@ -79,6 +79,7 @@ def plain(
     divided = policy.partitioned
     spare: list[Block] = []
     places = _Places(block_size, tail_first)
+    stretch = Stretch((), None)  # of what begins a chain, or continues nothing; only the origin matters
     born = 0
     for start in range(0, len(requests), _CHUNK):
         hits: list[int] = []
@@ -87,7 +88,8 @@ def plain(
             found = 0
             if begin is not None:
                 begin(origin)
-            stretch = Stretch(keys, None, None, None, 0, block_size, origin)
+            if stretch.origin != origin or (chained and len(keys) > 1):
+                stretch = Stretch(keys, None, None, None, 0, block_size, origin)
             for key, depth in places.of(keys, chained):
                 block = find(key)
                 if block is not None:
@@ -146,6 +148,7 @@ def prefix(
     divided = policy.partitioned
     spare: list[Block] = []
     places = _Places(block_size)
+    stretch = Stretch((), None)  # of what begins a chain, or continues nothing; only the origin matters
     made = born = 0
     for start in range(0, len(requests), _CHUNK):
         hits: list[int] = []
@@ -178,7 +181,8 @@ def prefix(
             short = fits - found - len(spare)
             if short > 0:
                 spare += _give_up(short, policy, resident)
-            stretch = Stretch(keys, None, None, None, 0, block_size, origin)
+            if stretch.origin != origin or (chained and len(keys) > 1):
+                stretch = Stretch(keys, None, None, None, 0, block_size, origin)
             for key, depth in islice(places.of(keys, chained), found, fits):
                 orphan = find(key)
                 if orphan is not None:
