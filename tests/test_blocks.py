@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Sequence
 
 import pytest
 from test_gaps import cache_with
 
 from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.table import BlockTable
-from pagedlab.policies import LRU, Block
+from pagedlab.policies import LRU, Block, ChainedHash
 from pagedlab.policies.block import FIELDS, GONE, HOST, NOBODY, NOWHERE, Origin, Stretch
-from pagedlab.policies.lookup import NO_MATCH, Prefix
+from pagedlab.policies.lookup import NO_MATCH, Prefix, Published
 from pagedlab.registry import make
 
 
@@ -81,6 +82,31 @@ def test_a_sequence_that_decodes_fills_its_stretch(lookup: str) -> None:
     assert again.blocks[4].stretch is not again.blocks[3].stretch, (
         "who found a beginning does not write into it"
     )
+
+
+def test_a_lookup_that_fails_leaves_no_gap_in_the_chain() -> None:
+    class Fails(ChainedHash):
+        fails = False
+
+        def publish_chain(self, blocks: Sequence[Block]) -> Sequence[tuple[int, Published]]:
+            if self.fails:
+                raise RuntimeError("no")
+            return super().publish_chain(blocks)
+
+    lookup = Fails()
+    cache = cache_with(num_blocks=8, lookup=lookup)
+    tokens = [1, 2, 3, 4, 5]
+    table = BlockTable(0, Prefix(tokens, 1), 5)
+    assert cache.admit(table, NO_MATCH, 5)
+    cache.commit(table, 2)
+    lookup.fails = True
+    with pytest.raises(RuntimeError):
+        cache.commit(table, 1)
+    lookup.fails = False
+    cache.commit(table, 2)
+    assert [b.content for b in table.blocks] == [(t,) for t in tokens]
+    assert [b.parent for b in table.blocks] == [(None,), *(b.serial for b in table.blocks[:-1])]
+    assert cache.match(Prefix(tokens, 1), 5).blocks == table.blocks
 
 
 def test_a_block_that_is_given_up_holds_nothing() -> None:

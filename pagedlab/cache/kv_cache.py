@@ -344,7 +344,9 @@ class KVCache(Tiers):
         last = first + len(blocks)
         keys, contents = table.prefix.named(first, last)
         stretch = table.stretch
-        if stretch is None or len(stretch.keys) == _LONGEST:
+        held = 0 if stretch is None else len(stretch.keys)
+        # Not aligned: a lookup has failed at what was taken in last.
+        if stretch is None or held == _LONGEST or stretch.depth + held * size != first * size:
             stretch = table.stretch = Stretch(
                 keys, contents, table.parent, table.parent_key, first * size, size, table.origin
             )
