@@ -11,9 +11,10 @@ from test_gaps import cache_with
 
 from pagedlab.cache.kv_cache import KVCache
 from pagedlab.cache.table import BlockTable
-from pagedlab.policies import LRU, Block, ChainedHash
+from pagedlab.policies import LRU, Block, ChainedHash, Lookup, Recorded
 from pagedlab.policies.block import FIELDS, GONE, HOST, NOBODY, NOWHERE, Origin, Stretch
 from pagedlab.policies.lookup import NO_MATCH, Prefix, Published
+from pagedlab.policies.wrappers import _REST
 from pagedlab.registry import make
 
 
@@ -147,6 +148,40 @@ def test_copies_in_two_tiers_are_one_content() -> None:
             assert getattr(copied, name) == getattr(original, name), name
         copied.created = 99
         assert original.created == 5, "what is changed in one tier stays there"
+
+
+@pytest.mark.parametrize("name", ["chained-hash", "radix"])
+def test_blocks_described_one_by_one_make_a_chain(name: str) -> None:
+    """Whoever tries a lookup by hand need not know of stretches."""
+    lookup = make("lookup", name)
+    assert isinstance(lookup, Lookup)
+    lookup.reset(block_size=2, num_tiers=1)
+    prefix = Prefix([1, 2, 3, 4, 5, 6], 2)
+    keys, contents = prefix.named(0, 3)
+    blocks = [Block(i, size=2) for i in range(3)]
+    for i, block in enumerate(blocks):
+        block.key, block.content, block.depth, block.parent = keys[i], contents[i], 2 * i, (None,)
+    assert list(lookup.publish_chain(blocks)) == []
+    assert [b.parent for b in blocks] == [(None,), blocks[0].serial, blocks[1].serial]
+    assert len({b.serial for b in blocks}) == 3
+    assert lookup.match(prefix, 6).blocks == blocks
+    again = [Block(3 + i, size=2) for i in range(2)]
+    for i, block in enumerate(again):
+        block.key, block.content, block.depth, block.parent = keys[i], contents[i], 2 * i, (None,)
+    answers = dict(lookup.publish_chain(again))
+    assert [answers[i].indexed for i in range(2)] == [False, False]
+    assert [b.serial for b in again] == [b.serial for b in blocks[:2]]
+
+
+def test_what_is_not_named_yet_is_not_known() -> None:
+    """As a recording sees it, which looks at blocks before the lookup has."""
+    cache = cache_with(num_blocks=8, lookup=Recorded(ChainedHash()))
+    table = table_of(cache, [1, 2, 3])
+    lookup = cache.lookup
+    assert isinstance(lookup, Recorded)
+    (asked,) = [call for call in lookup.book if call.method == "publish_chain"]
+    assert [dict(zip(_REST, seen.state))["parent"] for seen in asked.args[0]] == [(None,), GONE, GONE]
+    assert [b.parent for b in table.blocks] == [(None,), table.blocks[0].serial, table.blocks[1].serial]
 
 
 def test_who_sets_a_part_gets_a_stretch_of_its_own() -> None:

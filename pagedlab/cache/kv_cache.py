@@ -348,7 +348,7 @@ class KVCache(Tiers):
         # Not aligned: a lookup has failed at what was taken in last.
         if stretch is None or held == _LONGEST or stretch.depth + held * size != first * size:
             stretch = table.stretch = Stretch(
-                keys, contents, table.parent, table.parent_key, first * size, size, table.origin
+                keys, contents, table.parent, table.parent_key, first * size, size, table.origin, ()
             )
         else:
             stretch.grow(keys, contents)
@@ -360,8 +360,7 @@ class KVCache(Tiers):
             block.created = now
             block.hits = 0
         answers = self.lookup.publish_chain(blocks)
-        assert stretch.serials is not None
-        table.parent, table.parent_key = stretch.serials[-1], keys[-1]
+        table.parent, table.parent_key = stretch.serials[-1], keys[-1]  # type: ignore[index]
         if self._awaited and not self._awaited.isdisjoint(keys):
             self.better_match = True
         return answers

@@ -67,7 +67,7 @@ class Stretch:
         self.contents = contents
         """None: nobody looks at tokens (a replay)."""
         self.serials = serials
-        """None: not known yet, or a key is as good as a serial (a replay)."""
+        """As far as the lookup has given them; None where a key is as good as a serial (a replay)."""
         self.parent = parent
         self.parent_key = parent_key
         self.depth = depth
@@ -84,7 +84,7 @@ class Stretch:
     def name(self, serials: Sequence[int]) -> None:
         """Add the serials of what comes next."""
         known = self.serials
-        if known is None:
+        if not known:
             self.serials = serials
         elif isinstance(known, list):
             known += serials
@@ -171,15 +171,16 @@ class Block(_Slot):
 
     @serial.setter
     def serial(self, serial: int) -> None:
-        self._alone().serials = (serial,)
+        self._alone().serials = None if serial == GONE else (serial,)
 
     @property
     def parent(self) -> Hashable:
         """Serial of the content before it, or the tenant's salt in a tuple."""
         stretch, at = self.stretch, self.at
-        if at:
-            return (stretch.keys if stretch.serials is None else stretch.serials)[at - 1]
-        return stretch.parent
+        if not at:
+            return stretch.parent
+        before = stretch.keys if stretch.serials is None else stretch.serials
+        return before[at - 1] if at <= len(before) else GONE
 
     @parent.setter
     def parent(self, parent: Hashable) -> None:

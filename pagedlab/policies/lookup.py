@@ -207,10 +207,14 @@ class Lookup(Policy):
         """
         special = []
         stretch = blocks[0].stretch
+        together = len(stretch.keys) >= len(blocks)
         for i, block in enumerate(blocks):
+            if i and not together:  # a recording's blocks: each has a stretch of its own
+                block.parent = blocks[i - 1].serial
             answer = self.publish(block)
-            stretch.name((answer.serial,))
-            if block.stretch is not stretch:  # somebody has set a part of it
+            if together:
+                stretch.name((answer.serial,))
+            if block.stretch is not stretch or not together:
                 block.serial = answer.serial
             if not answer.indexed or answer.displaced is not None:
                 special.append((i, answer))
@@ -360,7 +364,12 @@ class ChainedHash(Lookup):
             stretch.name([self._next_serial])
             return ()
         keys = stretch.keys[-n:]
-        if len(self._index) > 1 or blocks[0].tier != DEVICE or not here.keys().isdisjoint(keys):
+        if (
+            len(self._index) > 1
+            or blocks[0].tier != DEVICE
+            or len(keys) != n
+            or not here.keys().isdisjoint(keys)
+        ):
             return super().publish_chain(blocks)
         before = len(here)
         for key, block in zip(keys, blocks):
