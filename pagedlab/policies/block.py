@@ -162,11 +162,10 @@ class Block(_Slot):
     @property
     def serial(self) -> int:
         """Identity of the content; copies in several tiers have the same. `GONE` where nothing can be found."""
-        stretch = self.stretch
-        serials = stretch.serials
+        serials = self.stretch.serials
         if serials is None:
             return GONE if self.key is None else self.key
-        at = (self.depth - stretch.depth) // stretch.size
+        at = self.at
         return serials[at] if at < len(serials) else GONE
 
     @serial.setter
@@ -249,11 +248,7 @@ class Block(_Slot):
 
     def holds(self, content: Hashable, parent: Hashable) -> bool:
         """Whether it holds ``content`` as what continues ``parent``."""
-        stretch = self.stretch
-        at = (self.depth - stretch.depth) // stretch.size
-        if stretch.contents is None or stretch.contents[at] != content:
-            return False
-        return (self.parent if at else stretch.parent) == parent
+        return self.content == content and self.parent == parent
 
     def stand_for(self, other: Block, born: int, now: int) -> None:
         """Take on the content of ``other``, of which this block (in another tier) becomes a copy."""

@@ -39,6 +39,7 @@ from pagedlab.registry import register
 Score = float | tuple[float, ...]
 
 _INSTANCES = count(1)
+"""Numbers the policies whose marks must not be confused."""
 
 
 class Eviction(Policy):

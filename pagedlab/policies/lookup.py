@@ -364,12 +364,7 @@ class ChainedHash(Lookup):
             stretch.name([self._next_serial])
             return ()
         keys = stretch.keys[-n:]
-        if (
-            len(self._index) > 1
-            or blocks[0].tier != DEVICE
-            or len(keys) != n
-            or not here.keys().isdisjoint(keys)
-        ):
+        if len(self._index) > 1 or len(keys) != n or not here.keys().isdisjoint(keys):
             return super().publish_chain(blocks)
         before = len(here)
         for key, block in zip(keys, blocks):
