@@ -32,6 +32,14 @@ def calibrate(
     block_size: BlockSize = None,
     max_num_seqs: MaxNumSeqs = None,
     requests: Annotated[int | None, typer.Option(help="Only the workloads' first N requests.")] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Serve both so often, by turns, for a machine that is not always as fast [default: 7].",
+        ),
+    ] = None,
     out: Annotated[
         str | None, typer.Option(metavar="FILE.json", help="Write the cost model, for compare --cost.")
     ] = None,
@@ -40,10 +48,9 @@ def calibrate(
     """Fit a cost model to this machine's own engine, and try it on another workload."""
     from pagedlab import workloads
     from pagedlab.lab import page
+    from pagedlab.lab.calibrate import ROUNDS, in_turn, report, try_on
     from pagedlab.lab.calibrate import calibrate as fit
-    from pagedlab.lab.calibrate import report
-    from pagedlab.lab.session import run, warm_up
-    from pagedlab.lab.simulate import simulate
+    from pagedlab.lab.session import warm_up
 
     sizes = {"num_blocks": num_blocks, "block_size": block_size, "max_num_seqs": max_num_seqs}
     cfg = with_set(config_of(None, model=model, sizes=sizes, default_blocks=GENERATE_BLOCKS), set_)
@@ -51,31 +58,33 @@ def calibrate(
     if requests is not None:
         both = [given.head(requests) for given in both]
     warm_up(cfg, both[0])
-    fitted_on, other = (run(cfg, given) for given in both)
+    fitted_on, others = in_turn(cfg, both, rounds=ROUNDS if rounds is None else rounds)
     cost = fit(fitted_on)
-    again = simulate(cfg, both[1], cost=cost, outputs=other, events=False, progress=False)
-    measured, said = (sum(r.columns("steps")["duration"]) for r in (other, again))
-    steps = [len(r.columns("steps")["step"]) for r in (other, again)]
-    error = (said / steps[1]) / (measured / steps[0]) - 1
+    trial = try_on(cost, cfg, both[1], others)
     if out is not None:
         write_text(out, cost.to_json() + "\n")
     result = {
         "cost": cost.get_params(),
         "fitted_on": vars(report(cost, fitted_on)),
-        "against": vars(report(cost, other)),
-        "mean_step_error": error,
-        "steps": steps[0],
-        "steps_simulated": steps[1],
+        "against": vars(report(cost, others)),
+        "rounds": len(others),
+        "mean_step_simulated": trial.simulated,
+        "mean_step": trial.measured,
+        "mean_step_error": trial.error,
+        "mean_step_by_round": trial.by_run,
+        "steps": trial.steps,
+        "steps_simulated": trial.steps_simulated,
     }
     if json:
         print_json("calibrate", result)
         return
     typer.echo(str(cost))
     typer.echo(f"on {workload}: {report(cost, fitted_on)}")
-    typer.echo(f"on {against}: {report(cost, other)}")
+    typer.echo(f"on {against}: {report(cost, others)}")
+    lowest, highest = (page.seconds(pick(trial.by_run)) for pick in (min, max))
     typer.echo(
-        f"{against} simulated: mean step {page.seconds(said / steps[1])}, measured {page.seconds(measured / steps[0])} "
-        f"({error:+.1%})"
+        f"{against} simulated: mean step {page.seconds(trial.simulated)}, measured {page.seconds(trial.measured)} "
+        f"({trial.error:+.1%}; rounds from {lowest} to {highest})"
     )
     if out is not None:
         typer.echo(f"cost model: {out}")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import import_module
 from typing import Any, get_args, overload
 
 from pagedlab.costs import find_model
 from pagedlab.costs.shape import ModelShape
 from pagedlab.errors import ConfigError, nearest
 from pagedlab.lab.accesses import Accesses, TraceLike, accesses
+from pagedlab.lab.bar import bar
 from pagedlab.lab.replayed import MissRatioCurve, Replay, Semantics, TouchOrder, replay_one
 from pagedlab.policies.eviction import Eviction
 from pagedlab.registry import make
@@ -90,15 +89,15 @@ def replay(
         wanted.check_distinct()
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
         raise ConfigError(f"jobs must be a whole number of at least 1, or None for all cores, not {jobs!r}")
-    bar = _bar(progress, wanted.total * len(named) * len(sizes))
+    watch = bar(progress, wanted.total * len(named) * len(sizes), " accesses", unit_scale=True)
     work = _Curve(wanted, named, sizes, semantics, touch_order, shape)
     try:
         if single:
-            return work.serve(0, bar)
-        return _all_points(work, jobs, bar)
+            return work.serve(0, watch)
+        return _all_points(work, jobs, watch)
     finally:
-        if bar is not None:
-            bar.close()
+        if watch is not None:
+            watch.close()
 
 
 class _Curve:
@@ -126,17 +125,19 @@ class _Curve:
         """Return the policies."""
         return self.named.values()
 
-    def serve(self, number: int, bar: Any = None) -> Replay:
+    def serve(self, number: int, watch: Any = None) -> Replay:
         """Replay one point."""
         title, size = self.points[number]
         policy = self.named[title]
-        done = replay_one(self.trace, title, policy, size, self.semantics, self.touch_order, bar, self.shape)
+        done = replay_one(
+            self.trace, title, policy, size, self.semantics, self.touch_order, watch, self.shape
+        )
         if self.elsewhere:
             del done.trace
         return done
 
 
-def _all_points(work: _Curve, jobs: int | None, bar: Any) -> MissRatioCurve:
+def _all_points(work: _Curve, jobs: int | None, watch: Any) -> MissRatioCurve:
     from pagedlab.lab.workers import Interrupts, cores, in_processes
 
     order = range(len(work.points))
@@ -146,7 +147,7 @@ def _all_points(work: _Curve, jobs: int | None, bar: Any) -> MissRatioCurve:
     try:
         if jobs == 1:
             for number in order:
-                found[number] = work.serve(number, bar)
+                found[number] = work.serve(number, watch)
                 if found[number].interrupted:
                     del found[number]
                     raise KeyboardInterrupt
@@ -162,8 +163,8 @@ def _all_points(work: _Curve, jobs: int | None, bar: Any) -> MissRatioCurve:
                             break
                         done.trace = work.trace
                         found[number] = done
-                        if bar is not None:
-                            bar.update(done.accesses)
+                        if watch is not None:
+                            watch.update(done.accesses)
             finally:
                 outcomes.close()
     except KeyboardInterrupt:
@@ -213,13 +214,3 @@ def _size(n: Any) -> int:
     if size < 1 or isinstance(n, bool):
         raise ConfigError(f"num_blocks must be a whole number of at least 1, not {n!r}")
     return size
-
-
-def _bar(progress: bool | None, total: int) -> Any:
-    from pagedlab.lab.session import in_notebook
-
-    notebook = in_notebook()
-    if progress is False or (progress is None and not notebook and not sys.stderr.isatty()):
-        return None
-    module = import_module("tqdm.notebook" if notebook else "tqdm")
-    return module.tqdm(total=total, unit=" accesses", unit_scale=True, leave=False, dynamic_ncols=True)

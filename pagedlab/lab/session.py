@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
@@ -16,6 +14,7 @@ from pagedlab.engine.clock import Clock
 from pagedlab.engine.engine import Engine
 from pagedlab.engine.orders import Executor
 from pagedlab.engine.request import SamplingParams
+from pagedlab.lab.bar import bar
 from pagedlab.lab.garbage import seldom_collected
 from pagedlab.lab.job import Job, WorkloadLike, as_workload, wait_briefly
 from pagedlab.lab.results import Run
@@ -86,7 +85,7 @@ def drive(
     engine = job.engine
     watch = progress if callable(progress) else _bar(progress, job.workload.num_sequences)
     try:
-        with _StopOnInterrupt() as stop, seldom_collected():
+        with StopOnInterrupt() as stop, seldom_collected():
             while engine.has_work and not stop.asked:
                 if (idle := job.rest()) > 0:
                     wait_briefly(idle)
@@ -117,7 +116,7 @@ def warm_up(config: Config, workload: WorkloadLike, *, fast: bool = True) -> Non
         job.close()
 
 
-class _StopOnInterrupt:
+class StopOnInterrupt:
     """While it is entered, the first SIGINT sets ``asked`` and the second raises `KeyboardInterrupt`.
 
     Only the main thread can take signals; elsewhere ``asked`` stays False.
@@ -128,7 +127,7 @@ class _StopOnInterrupt:
         self._mine = threading.current_thread() is threading.main_thread()
         self._before: Any = None
 
-    def __enter__(self) -> _StopOnInterrupt:
+    def __enter__(self) -> StopOnInterrupt:
         if self._mine:
             self._before = signal.signal(signal.SIGINT, self._heard)
         return self
@@ -170,16 +169,6 @@ class _Bar:
         self._bar.close()
 
 
-def in_notebook() -> bool:
-    """Whether this process is a Jupyter kernel."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return shell is not None and getattr(shell, "kernel", None) is not None
-
-
 def _bar(progress: bool | None, total: int) -> _Bar | None:
-    notebook = in_notebook()
-    if progress is False or (progress is None and not notebook and not sys.stderr.isatty()):
-        return None
-    module = import_module("tqdm.notebook" if notebook else "tqdm")
-    return _Bar(module.tqdm(total=total, unit="seq", leave=False, dynamic_ncols=True))
+    shown = bar(progress, total, "seq")
+    return None if shown is None else _Bar(shown)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pagedlab.config import Config
 from pagedlab.errors import ConfigError, nearest
+from pagedlab.lab.bar import bar
 from pagedlab.lab.compare import _service_level
-from pagedlab.lab.session import in_notebook
 from pagedlab.lab.sweep import files
 from pagedlab.lab.sweep.axes import FUNCTIONS
 from pagedlab.lab.sweep.book import Book
@@ -99,7 +97,7 @@ def sweep(
     jobs = min(cores() if jobs is None and how != "run" else jobs or 1, len(todo))
     book.write(interrupted=True)
     outcomes = in_processes(grid.work, list(order), jobs) if jobs > 1 else here(grid.work, list(order))
-    bar = _bar(progress, len(todo))
+    watch = bar(progress, len(todo), " points")
     interrupted = False
     try:
         with Interrupts() as interrupts:
@@ -110,14 +108,14 @@ def sweep(
                     if job is None or outcome is None:
                         break
                     book.add(order[job], outcome)
-                    if bar is not None:
-                        bar.update(1)
+                    if watch is not None:
+                        watch.update(1)
             except KeyboardInterrupt:
                 interrupted = True
             finally:
                 outcomes.close()
-                if bar is not None:
-                    bar.close()
+                if watch is not None:
+                    watch.close()
     finally:
         book.write(interrupted=interrupted or bool(book.todo))
     return book.sweep(interrupted=interrupted)
@@ -127,11 +125,3 @@ def _job(grid: Grid, number: int) -> int:
     job = grid.points[number].job
     assert job is not None
     return job
-
-
-def _bar(progress: bool | None, total: int) -> Any:
-    notebook = in_notebook()
-    if progress is False or (progress is None and not notebook and not sys.stderr.isatty()):
-        return None
-    module = import_module("tqdm.notebook" if notebook else "tqdm")
-    return module.tqdm(total=total, unit=" points", leave=False, dynamic_ncols=True)

@@ -203,7 +203,7 @@ class Work:
 def _heed(engine: Engine) -> None:
     """Raise `KeyboardInterrupt` if the run noted Ctrl-C, even after its last step: the sweep is to end, too."""
     stop = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
-    if isinstance(stop, session._StopOnInterrupt) and stop.asked:
+    if isinstance(stop, session.StopOnInterrupt) and stop.asked:
         raise KeyboardInterrupt
 
 
