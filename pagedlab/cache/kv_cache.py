@@ -227,10 +227,9 @@ class KVCache(Publishing):
 
     def prepare_growth(self, tables: Sequence[BlockTable]) -> None:
         """One more token of each table is about to be asked for: evict for all of them at once."""
-        if len(tables) > 1:
-            size = self.block_size
-            full = [t for t in tables if t.num_tokens == len(t.blocks) * size]
-            self.device.make_free(len(full))
+        size = self.block_size
+        full = [t for t in tables if t.num_tokens == len(t.blocks) * size]
+        self.device.make_free(len(full))
 
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` tokens in all, and make the block to be written next the table's own."""
@@ -436,7 +435,7 @@ class KVCache(Publishing):
     def memory(self, behind: int = 0) -> Memory:
         """Return where the device tier's token slots are now, ``behind`` tokens more than tables count. O(1)."""
         size, pool = self.block_size, self.device
-        free, cached, saved = pool.allocator.num_free * size, pool.num_cached * size, pool.saved_tokens
+        free, cached, saved = pool.num_free * size, pool.num_cached * size, pool.saved_tokens
         tokens = self._tokens + behind
         stored = tokens - saved
         unwritten = pool.capacity * size - free - cached - stored

@@ -39,6 +39,8 @@ class BlockPool:
         """Blocks that can be handed out at all."""
         self.allocator = allocator
         self.eviction = eviction
+        self.num_free = self.capacity
+        """Blocks whose content nobody can find: what the allocator has, counted here because it is asked all the time."""
         self.num_cached = 0
         """Blocks with count 0 that can still be found."""
         self.saved_tokens = 0
@@ -51,14 +53,9 @@ class BlockPool:
         self._partitioned = eviction.partitioned
 
     @property
-    def num_free(self) -> int:
-        """Blocks whose content nobody can find."""
-        return self.allocator.num_free
-
-    @property
     def num_in_use(self) -> int:
         """Blocks that some table holds."""
-        return self.capacity - self.allocator.num_free - self.num_cached
+        return self.capacity - self.num_free - self.num_cached
 
     def limit(self, origin: Origin) -> int:
         """Blocks that a request from ``origin`` can have if nothing else runs."""
@@ -79,7 +76,7 @@ class BlockPool:
                 return n <= room
             all_of_it = self.eviction.victims_for(origin, room, self.num_free, protected)
             return all_of_it is not None and self.allocator.fits(n, [b.index for b in all_of_it])
-        short = n - self.allocator.num_free - self.num_cached
+        short = n - self.num_free - self.num_cached
         if short > 0 or (short > -len(protected) and short + [b.ref_count for b in protected].count(0) > 0):
             return False
         if not contiguous or not self.allocator.contiguous or n < 2:
@@ -105,7 +102,7 @@ class BlockPool:
         if n == 0:
             return []
         allocator = self.allocator
-        short = n - allocator.num_free
+        short = n - self.num_free
         if self._partitioned and origin is not None:
             if not self.has_room(n, protected, contiguous=contiguous, origin=origin):
                 return None
@@ -123,12 +120,13 @@ class BlockPool:
                     return None
                 while indices is None:
                     if self._partitioned and origin is not None:
-                        self._evict_for(origin, allocator.num_free + 1, protected)
+                        self._evict_for(origin, self.num_free + 1, protected)
                     else:
                         self._evict(1, protected)
                     indices = allocator.allocate(n, after)
             else:
                 indices = self._piecewise(n, after)
+        self.num_free -= n
         taken = [self.blocks[indices[0]]] if n == 1 else list(itemgetter(*indices)(self.blocks))
         for block in taken:
             block.ref_count = 1
@@ -136,7 +134,7 @@ class BlockPool:
 
     def make_free(self, n: int) -> None:
         """Evict at once what taking ``n`` blocks one by one would; nothing if that is not to be had."""
-        short = n - self.allocator.num_free
+        short = n - self.num_free
         if 1 < short <= self.num_cached and not self._partitioned:
             self._evict(short, ())
 
@@ -189,6 +187,7 @@ class BlockPool:
             block.key = None
             block.stretch = NOWHERE
         self.num_cached -= n
+        self.num_free += n
         self.allocator.free(indices)
 
     def _illegal(self, victims: Sequence[Block], n: int, protected: Collection[Block]) -> PolicyError:
@@ -258,6 +257,7 @@ class BlockPool:
             self.num_cached += len(cached)
             self.eviction.release_all(cached)
         if free:
+            self.num_free += len(free)
             self.allocator.free(free)
 
     def blank(self, block: Block) -> None:
@@ -266,6 +266,7 @@ class BlockPool:
         block.blank()
         if block.ref_count == 0:
             self.num_cached -= 1
+            self.num_free += 1
             self.allocator.free([block.index])
 
     def check(self) -> None:
@@ -275,6 +276,10 @@ class BlockPool:
         name = TIER_NAMES[self.tier]
         if cached != self.num_cached:
             raise InvariantBroken(f"{name}: {cached} blocks are cached, {self.num_cached} counted")
+        if self.allocator.num_free != self.num_free:
+            raise InvariantBroken(
+                f"{name}: {self.allocator.num_free} blocks are free, {self.num_free} counted"
+            )
         if in_use + cached + self.num_free != self.capacity:
             raise InvariantBroken(
                 f"{name}: {self.num_free} free + {in_use} in use + {cached} cached != {self.capacity} blocks"

@@ -119,7 +119,8 @@ class Decoders:
 
     def pop_ended(self) -> list[Sequence]:
         """Return the members that finish now, in order of joining."""
-        ended = []
-        while self.steps_to_end() <= 0:
-            ended.append(heappop(self._ends)[2])
+        ended: list[Sequence] = []
+        if self._ends and self._ends[0][0] <= self.steps:
+            while self.steps_to_end() <= 0:
+                ended.append(heappop(self._ends)[2])
         return ended

@@ -59,6 +59,8 @@ class Engine(Arrivals):
         self._skips = skip_ahead
         self._standing: list[Sequence] = []
         """Then, unless decoding is steady: who gets one token a step, in order."""
+        self._sampling: list[Sequence] = []
+        """Who reaches the last token known in this step, of those who were asked for."""
         self._last_start = -1
         self._reset_prefetch()
         executor.prepare(
@@ -240,10 +242,12 @@ class Engine(Arrivals):
     def _grow_decoders(self, plan: Plan) -> None:
         """Make room for one more token of everyone who decodes, in order; only some can need it."""
         decoders = self.decoders
-        fresh = decoders.fresh
-        growing = [s for s in decoders.at_boundary() if s not in fresh]
-        self.cache.prepare_growth([s.table for s in growing])
-        for seq in growing + list(fresh):
+        growing, fresh = decoders.at_boundary(), decoders.fresh
+        if fresh:
+            growing = [s for s in growing if s not in fresh]
+        if len(growing) > 1:
+            self.cache.prepare_growth([s.table for s in growing])
+        for seq in (*growing, *fresh) if fresh else growing:
             if seq.decoders is not None:  # not preempted for one before it
                 self.make_room(seq, seq.table.num_tokens + 1, plan)
         plan.budget -= len(decoders.members)
@@ -273,13 +277,15 @@ class Engine(Arrivals):
 
     def _work(self, entries: dict[Sequence, int]) -> StepWork:
         """Return what the step has to do, in sums."""
-        decodes = samples = len(self.decoders.members)
+        decodes = len(self.decoders.members)
         context = self.decoders.context + decodes
         tokens = pairs = chunks = 0
+        self._sampling = sampling = []
         for seq, n in entries.items():
             start = seq.table.num_tokens
             last = start + n == len(seq.tokens)
-            samples += last
+            if last:
+                sampling.append(seq)
             if n == 1 and last:
                 decodes += 1
                 context += start + 1
@@ -287,7 +293,7 @@ class Engine(Arrivals):
                 chunks += 1
                 tokens += n
                 pairs += n * start + n * (n + 1) // 2
-        return StepWork(tokens, pairs, chunks, decodes, context, samples)
+        return StepWork(tokens, pairs, chunks, decodes, context, len(self.decoders.members) + len(sampling))
 
     def _reach(self, orders: StepOrders, num_moves: int, max_steps: int | None) -> tuple[int, int, int]:
         """Return how many steps can be taken at once, how long the first takes, and how much longer each next one."""
@@ -361,7 +367,6 @@ class Engine(Arrivals):
         growth: int,
     ) -> None:
         decoders, cache = self.decoders, self.cache
-        deciding = list(entries.items())
         batch = [] if self._scripts is not None else [*decoders.members, *entries]
         for i, reason in result.failures.items():
             seq = batch[i]
@@ -371,22 +376,20 @@ class Engine(Arrivals):
                 self._sync(seq)
             cache.distrust(seq.table)
             self._finish(seq, "error")
-        memory = cache.memory(decoders.behind + len(decoders.members)) if count > 1 else None
+        first = cache.memory(decoders.behind + len(decoders.members)) if count > 1 else None
         decoders.advance(count)
         for seq in decoders.at_boundary():
             self._sync(seq)
-        for seq, n in deciding:
-            if seq in entries:
-                cache.commit(seq.table, n)
+        for seq, n in entries.items():
+            cache.commit(seq.table, n)
         # What the pool holds is read when the step's tokens are in and nobody has left yet.
-        self._record(work, start, count, growth, memory)
+        self._record(work, start, count, growth, first)
         if self._scripts is not None:
             self.totals.output_tokens += count * len(decoders.members)
             for seq in decoders.pop_ended():
                 self._finish(seq, self._script_reason(seq))
-            for seq, _ in deciding:
-                if seq.table.num_tokens == len(seq.tokens):
-                    self._take(seq, [])
+            for seq in self._sampling:
+                self._take(seq, [])
         else:
             for seq, samples in zip(batch, result.samples):
                 if samples and seq.status is Status.RUNNING:
@@ -394,7 +397,7 @@ class Engine(Arrivals):
 
     def _record(self, work: StepWork, start: int, count: int, growth: int, first: Memory | None) -> None:
         total = self.events.time - start
-        last = self.memory()
+        last = self.cache.memory(self.decoders.behind)
         self.steps.note(
             self.events.step - count + 1,
             start,

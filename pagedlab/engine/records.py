@@ -135,7 +135,7 @@ class Totals:
 _NUMBERS = ("step", "start", "duration", "count", "growth", "num_running", "num_waiting", "prefill_tokens",
             "decode_tokens", "context_tokens", "prefill_pairs", "preemptions", "recomputed_tokens")  # fmt: skip
 _COLUMNS = (*_NUMBERS, *Moved._fields, *Memory._fields)
-_START, _MOVED, _WIDTH = _NUMBERS.index("start"), len(_NUMBERS), len(_COLUMNS)
+_MOVED, _WIDTH = len(_NUMBERS), len(_COLUMNS)
 _MEMORY = _MOVED + len(Moved._fields)
 _numbers = attrgetter(*_NUMBERS)
 _pack = struct.Struct(f"{_WIDTH}q").pack
@@ -163,22 +163,21 @@ class StepLog(Sequence[StepRecord]):
         memory: Memory,
     ) -> None:
         """Add a record of ``count`` steps that did ``work`` each, after which the counts are ``totals``."""
-        self._add((step, start, duration, count, growth, num_running, num_waiting, work.prefill_tokens,
-                   work.decode_seqs, work.context_tokens, work.prefill_pairs, totals.preemptions,
-                   totals.recomputed_tokens, *totals.moved, *memory))  # fmt: skip
+        try:
+            self._rows.frombytes(
+                _pack(step, start, duration, count, growth, num_running, num_waiting, work.prefill_tokens,
+                      work.decode_seqs, work.context_tokens, work.prefill_pairs, totals.preemptions,
+                      totals.recomputed_tokens, *totals.moved, *memory)
+            )  # fmt: skip
+        except struct.error:
+            raise _too_long(step, start) from None
 
     def append(self, record: StepRecord) -> None:
         """Add a record."""
-        self._add((*_numbers(record), *record.moved, *record.memory))
-
-    def _add(self, row: tuple[int, ...]) -> None:
         try:
-            self._rows.frombytes(_pack(*row))
+            self._rows.frombytes(_pack(*_numbers(record), *record.moved, *record.memory))
         except struct.error:
-            raise PagedLabError(
-                f"step {row[0]} began {row[_START] / 1e12:.3g} s after the run did; a run can be recorded up to 2**63 "
-                "picoseconds (106 days)"
-            ) from None
+            raise _too_long(record.step, record.start) from None
 
     def amend_last(self, **changes: Any) -> None:
         """Change fields of the last step; where its record stands for several, it gets one of its own."""
@@ -226,3 +225,10 @@ class StepLog(Sequence[StepRecord]):
         return tuple(
             {name: columns[name] for name in names} for names in (_NUMBERS, Moved._fields, Memory._fields)
         )
+
+
+def _too_long(step: int, start: int) -> PagedLabError:
+    return PagedLabError(
+        f"step {step} began {start / 1e12:.3g} s after the run did; a run can be recorded up to 2**63 picoseconds "
+        "(106 days)"
+    )

@@ -200,8 +200,9 @@ class Seats:
         """Grow a running sequence, at others' cost if need be; False if it was preempted itself."""
         while not self.cache.grow(seq.table, num_tokens):
             self._stands = False
-            oldest = min(self.running, key=_AGE)
-            candidates = [s for s in self.running if s is not oldest]
+            running = self.running
+            oldest = running.index(min(running, key=_AGE))
+            candidates = running[:oldest] + running[oldest + 1 :]
             if not candidates:
                 if self.leaving:
                     self._let_go()

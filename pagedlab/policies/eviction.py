@@ -340,11 +340,13 @@ class LRU(Eviction):
             self._tidy()
 
     def remove_all(self, blocks: Sequence[Block]) -> None:
-        for block in blocks:
-            block.mark = 0
         if blocks == self._named:
+            # Their marks stay: what gave them is past.
             self._head = self._beyond
             self._named = []
+        else:
+            for block in blocks:
+                block.mark = 0
 
 
 @register("eviction", "fifo")
