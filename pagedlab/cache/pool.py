@@ -40,7 +40,7 @@ class BlockPool:
         self.allocator = allocator
         self.eviction = eviction
         self.num_free = self.capacity
-        """Blocks whose content nobody can find: what the allocator has, counted here because it is asked all the time."""
+        """Blocks whose content nobody can find: what the allocator has, counted here as it is asked for so often."""
         self.num_cached = 0
         """Blocks with count 0 that can still be found."""
         self.saved_tokens = 0

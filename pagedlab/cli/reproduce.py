@@ -22,7 +22,10 @@ def vllm_run(
     model: Annotated[
         str | None, typer.Option(help="The catalogue's name for its model [default: the run's own].")
     ] = None,
-    hardware: Annotated[str, typer.Option(help="The catalogue's name for its card.")] = "rtx-pro-6000",
+    hardware: Annotated[
+        str | None,
+        typer.Option(help="The catalogue's name for its card [default: what the run says, or rtx-pro-6000]."),
+    ] = None,
     fit_on: Annotated[
         int | None,
         typer.Option(help="Requests whose measurements the fit may read [default: 100; 20 with --from]."),
@@ -44,7 +47,7 @@ def vllm_run(
     ] = None,
     source_hardware: Annotated[
         str | None,
-        typer.Option("--from-hardware", help="The catalogue's name for its card [default: rtx-pro-6000]."),
+        typer.Option("--from-hardware", help="The catalogue's name for its card [default: as above]."),
     ] = None,
     num_blocks: NumBlocks = None,
     plot: Annotated[
@@ -57,11 +60,11 @@ def vllm_run(
     With --from and --from-workload the fit starts from what was fitted to another run, on another card or model, and
     needs fewer requests; --fit-on 0 then shows how far the catalogue alone carries it.
     """
-    from pagedlab.lab.vllm_run import HARDWARE, reproduce
+    from pagedlab.lab.vllm_run import reproduce
 
     other = None
     if source is not None and source_workload is not None:
-        other = reproduce(source, source_workload, model=source_model, hardware=source_hardware or HARDWARE)
+        other = reproduce(source, source_workload, model=source_model, hardware=source_hardware)
     elif any(given is not None for given in (source, source_workload, source_model, source_hardware)):
         raise ConfigError("--from and --from-workload belong together: another run, and its requests")
     done = reproduce(
@@ -86,4 +89,10 @@ def vllm_run(
         f"fit on the first {done.fitted_on}: {done.fit.simulations} simulations in {done.fit.seconds:.1f} s; "
         f"one simulation of the run: {done.seconds:.2f} s"
     )
+    if done.pool != "ample":
+        config = done.engine.config
+        typer.echo(
+            f"pool: {config.num_blocks:,} blocks of {config.block_size} ({done.pool}), "
+            f"{done.engine.totals.preemptions} preemptions"
+        )
     typer.echo(f"{done.fit.cost}")

@@ -358,6 +358,7 @@ _HARDWARE_ALIASES = {
     "4090": "rtx-4090",
     "rtxpro6000blackwell": "rtx-pro-6000",
     "rtxpro6000blackwellworkstationedition": "rtx-pro-6000",
+    "rtxpro6000blackwellserveredition": "rtx-pro-6000",
 }
 
 

@@ -2,10 +2,12 @@
 
 A run is a folder (the format of LLMServingSim's ``bench/examples``)::
 
-    meta.json         model, vllm_version, engine_kwargs, started_at, ...
+    meta.json         model, vllm_version, engine_kwargs, started_at, ...; newer ones also what vLLM made of its
+                      arguments (resolved_config, kv_cache with the size of the pool) and the card (hardware)
     requests.jsonl    one object a request: request_id, input_toks, output_toks, arrival_time,
                       queued_ts, scheduled_ts, first_token_ts, last_token_ts
     timeseries.csv    one row a second: t, prompt_throughput, gen_throughput, running, waiting, kv_cache_pct
+    config.json       may be there: the cards, as that simulator is told of them
 
 **One clock.** ``arrival_time`` is on the epoch's clock and the other four stamps are on the machine's monotonic one,
 whose zero is arbitrary. Every request is queued after it arrives, and the first to come finds an idle engine, so the
@@ -116,10 +118,14 @@ class VllmRun:
     """The hub name."""
     vllm_version: str
     settings: dict[str, Any]
-    """``engine_kwargs`` as vLLM was given them."""
+    """``engine_kwargs`` as vLLM was given them; what they leave open as it was resolved, where that is logged."""
     requests: tuple[VllmRequest, ...]
     ticks: tuple[VllmTick, ...] = ()
     alignment: Alignment
+    num_blocks: int | None = None
+    """Blocks of the pool, if the run recorded them."""
+    device: str | None = None
+    """What the card is called, if the run says so."""
     _meta: _Meta = field(compare=False)
     _rows: tuple[Mapping[str, Any], ...] = field(compare=False)
     """The requests as logged."""
@@ -166,6 +172,8 @@ class VllmRun:
             model=meta.model,
             vllm_version=meta.vllm_version,
             settings=copy.deepcopy(meta.settings),
+            num_blocks=meta.num_blocks,
+            device=meta.device,
             requests=requests,
             ticks=ticks,
             alignment=alignment,
@@ -220,6 +228,8 @@ class _Meta:
     settings: dict[str, Any]
     started_at: float | None
     num_requests: int | None
+    num_blocks: int | None
+    device: str | None
 
     @classmethod
     def read(cls, path: Path) -> _Meta:
@@ -239,13 +249,43 @@ class _Meta:
         if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
             raise WorkloadError(f"{path}: num_requests must be a whole number, not {count!r}")
         started = data.get("started_at")
+        pool = _part(data, "kv_cache")
+        blocks = pool.get("num_gpu_blocks")
+        if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1):
+            raise WorkloadError(f"{path}: num_gpu_blocks must be a whole number from 1 up, not {blocks!r}")
+        resolved = _part(data, "resolved_config")
+        for more in (pool, _part(resolved, "scheduler_config"), _part(resolved, "cache_config")):
+            settings |= {k: more[k] for k in _RESOLVED if k in more and settings.get(k) is None}
+        device = _part(data, "hardware").get("device_name")
         return cls(
             model=model,
             vllm_version=str(data.get("vllm_version", "unknown")),
             settings=settings,
             started_at=None if started is None else _epoch(path, started),
             num_requests=count,
+            num_blocks=blocks,
+            device=device if isinstance(device, str) else _card(path.with_name("config.json")),
         )
+
+
+_RESOLVED = ("block_size", "enable_prefix_caching", "gpu_memory_utilization", "max_num_seqs",
+             "max_num_batched_tokens", "async_scheduling")  # fmt: skip
+"""Settings that are taken as resolved where they were left open."""
+
+
+def _part(data: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return an object in ``data``, empty if there is none."""
+    found = data.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _card(path: Path) -> str | None:
+    """Return the card that a simulator's description of the cluster names, if there is one and it can be read."""
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["nodes"][0]["instances"][0]["hardware"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def _epoch(path: Path, value: Any) -> float:

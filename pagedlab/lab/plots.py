@@ -189,9 +189,21 @@ def of_queue(
     ticks: list[float],
     measured: dict[str, list[int]],
     title: str,
+    share: tuple[list[float], list[float]] | None = None,
 ) -> Figure:
-    """Return running and waiting sequences over time: lines are simulated, dots measured."""
-    figure, axes = _figure(9.0, 3.6)
+    """Return running and waiting sequences over time: lines are simulated, dots measured.
+
+    ``share`` is the pool in use, simulated and measured, in percent; it gets axes of its own.
+    """
+    figure, axes = _figure(9.0, 3.6 if share is None else 5.6, rows=1 if share is None else 2)
+    if share is not None:
+        ax = axes[1, 0]
+        ax.plot(times, share[0], color=LINES[2], linewidth=1.2, label="in use, simulated")
+        ax.plot(ticks, share[1], ".", color=LINES[2], markersize=4, label="in use, measured")
+        ax.set_xlabel("time (s)")
+        ax.set_ylabel("KV cache (%)")
+        ax.set_ylim(0, 105)
+        legend(ax)
     ax = axes[0, 0]
     for colour, name in zip(LINES, simulated):
         ax.plot(times, simulated[name], color=colour, linewidth=1.2, label=f"{name}, simulated")

@@ -32,6 +32,7 @@ from pagedlab.engine.script import Script
 from pagedlab.errors import ConfigError, WorkloadError
 from pagedlab.events import EventLog
 from pagedlab.executors.simulated import SimulatedExecutor
+from pagedlab.lab.vllm_pool import PoolGuess, likely_pool, observed_pool
 from pagedlab.workloads import Workload, load
 
 if TYPE_CHECKING:
@@ -54,17 +55,23 @@ NOISE = 0.01
 """Relative noise of a measured time, besides `NOISE_S`."""
 NOISE_S = 0.02
 """Absolute noise of a measured time, in seconds: about a step."""
+POOL_SIGMA = 0.15
+"""The same for the pool's size, where the catalogue says what fits beside the weights."""
+SEEN_POOL_SIGMA = 0.03
+"""The same where requests that waited for room say it."""
 NUDGE = 0.02
 """Step of the finite differences, in logarithms: a simulation is made of steps, and smooth only on a larger
 scale."""
 MOST_STEPS = 15
+ROOMY = 0.8
+"""A pool of which a simulation uses less than this share is taken to be never short."""
 
 
 def engine_config(run: VllmRun, num_blocks: int) -> Config:
     """Return the configuration that stands for the run's engine settings.
 
     What they leave out has vLLM's default: prefix caching, chunked prefill, blocks of 16 tokens, first-come
-    first-served, asynchronous scheduling.
+    first-served, asynchronous scheduling; a request is admitted when there is room for its whole prompt.
     """
     said = run.settings
     return Config.preset(
@@ -73,6 +80,7 @@ def engine_config(run: VllmRun, num_blocks: int) -> Config:
         block_size=int(said.get("block_size") or BLOCK_SIZE),
         max_num_seqs=int(said.get("max_num_seqs") or 256),
         max_num_batched_tokens=int(said.get("max_num_batched_tokens") or 8192),
+        reservation="full-prompt",
         lookup="none" if said.get("enable_prefix_caching") is False else "chained-hash",
         async_scheduling=said.get("async_scheduling") is not False,
         # vLLM publishes a block when it is scheduled, so the next request of the same step finds it already. Here it
@@ -135,14 +143,23 @@ class Simulator:
             said = outputs.get(original[number])
             tokens = said if said is not None and len(said) == r.sampling.max_tokens else None
             self._scripts[r.request_id, 0] = Script(r.sampling.max_tokens, tokens, "length", unique)
-        # The pool's size is not in these logs; left out, nothing is ever short.
-        enough = sum(-(-(len(r.prompt) + r.sampling.max_tokens) // BLOCK_SIZE) for r in self.requests) + 1
-        self.config = engine_config(run, num_blocks or enough)
+        # Left out, nothing is ever short; one block is the null block.
+        size = engine_config(run, 2).block_size
+        needs = [-(-(len(r.prompt) + r.sampling.max_tokens) // size) for r in self.requests]
+        self.least_blocks = max(needs) + 1
+        """The fewest with which every request can run."""
+        self.config = engine_config(run, num_blocks or sum(needs) + 1)
 
-    def serve(self, cost: Calibrated, *, until: Sequence[str] | None = None) -> Engine:
-        """Return the engine after serving all, or as soon as the requests ``until`` have ended."""
+    def serve(
+        self, cost: Calibrated, *, until: Sequence[str] | None = None, num_blocks: int | None = None
+    ) -> Engine:
+        """Return the engine after serving all, or as soon as the requests ``until`` have ended.
+
+        ``num_blocks`` is another size of the pool.
+        """
         executor = SimulatedExecutor(cost, outputs=self._scripts)
-        engine = Engine(self.config, executor, clock=VirtualClock(), events=EventLog(enabled=False))
+        config = self.config if num_blocks is None else self.config.replace(num_blocks=num_blocks)
+        engine = Engine(config, executor, clock=VirtualClock(), events=EventLog(enabled=False))
         for request in self.requests:
             engine.add(request)
         wanted = None if until is None else [engine.groups[r] for r in until]
@@ -153,9 +170,15 @@ class Simulator:
                     break
         return engine
 
-    def times(self, cost: Calibrated, ids: Sequence[str]) -> Array:
+    def most_in_use(self, cost: Calibrated) -> int:
+        """Return the largest number of blocks that are in use at once."""
+        memory = self.serve(cost).steps.columns()[2]
+        held = memory["stored"] + memory["reserved"] + memory["internal"]
+        return int(held.max()) // self.config.block_size
+
+    def times(self, cost: Calibrated, ids: Sequence[str], num_blocks: int | None = None) -> Array:
         """Return first and last token times [len(ids), 2] in seconds."""
-        engine = self.serve(cost, until=ids)
+        engine = self.serve(cost, until=ids, num_blocks=num_blocks)
         rows = []
         for name in ids:
             (seq,) = engine.groups[name].sequences
@@ -173,14 +196,24 @@ class Fit:
     prior: Calibrated
     seconds: float
     simulations: int
+    num_blocks: int | None = None
+    """The pool's size, where it was fitted too."""
 
 
-def calibrate(seen: VllmRun, simulator: Simulator, prior: Calibrated, sigma: float = PRIOR_SIGMA) -> Fit:
+def calibrate(
+    seen: VllmRun,
+    simulator: Simulator,
+    prior: Calibrated,
+    sigma: float = PRIOR_SIGMA,
+    *,
+    pool: PoolGuess | None = None,
+) -> Fit:
     """Fit ``prior``'s coefficients to the measurements in ``seen`` (see `VllmRun.before`), simulating all the
     while.
 
     Residuals are the errors of every first and last token's time since arrival, over their noise; the prior
-    adds one residual a coefficient. Solved by scipy's trust-region least squares with finite differences.
+    adds one residual a coefficient. Solved by scipy's trust-region least squares with finite differences. ``pool`` is
+    a guess at the number of blocks, to be fitted like a coefficient; None: as many as ``simulator`` has.
     """
     from scipy.optimize import least_squares
 
@@ -193,16 +226,24 @@ def calibrate(seen: VllmRun, simulator: Simulator, prior: Calibrated, sigma: flo
     start = np.array(prior.to_vector())
     active = [i for i, (low, high) in enumerate(prior.bounds()) if high > low]
 
-    def model(x: Array) -> Calibrated:
+    uncertain = np.full(len(active), sigma)
+    if pool is not None:
+        uncertain = np.append(uncertain, pool.sigma)
+
+    def model(x: Array) -> tuple[Calibrated, int | None]:
         vector = start.copy()
-        vector[active] += x
-        return Calibrated.from_vector(list(vector), like=prior)
+        vector[active] += x[: len(active)]
+        cost = Calibrated.from_vector(list(vector), like=prior)
+        if pool is None:
+            return cost, None
+        return cost, max(simulator.least_blocks, round(pool.num_blocks * float(np.exp(x[-1]))))
 
     def residuals(x: Array) -> Array:
         nonlocal calls
         calls += 1
-        said = simulator.times(model(x), ids) - arrival
-        return np.concatenate([((said - truth) / noise).ravel(), x / sigma])
+        cost, blocks = model(x)
+        said = simulator.times(cost, ids, blocks) - arrival
+        return np.concatenate([((said - truth) / noise).ravel(), x / uncertain])
 
     def slopes(x: Array) -> Array:
         here, columns = residuals(x), []
@@ -213,9 +254,10 @@ def calibrate(seen: VllmRun, simulator: Simulator, prior: Calibrated, sigma: flo
         return np.array(columns).T
 
     solved = least_squares(
-        residuals, np.zeros(len(active)), jac=slopes, max_nfev=MOST_STEPS, xtol=1e-3, ftol=1e-4
+        residuals, np.zeros(len(uncertain)), jac=slopes, max_nfev=MOST_STEPS, xtol=1e-3, ftol=1e-4
     )
-    return Fit(model(solved.x), prior, time.perf_counter() - began, calls)
+    cost, blocks = model(solved.x)
+    return Fit(cost, prior, time.perf_counter() - began, calls, blocks)
 
 
 # ---- the comparison ------------------------------------------------------------------------------------------------
@@ -270,6 +312,10 @@ class Reproduction:
     seconds: float
     """What simulating the run once took."""
     engine: Engine = field(repr=False)
+    pool: str = "ample"
+    """Where the pool's size comes from: ``"given"``, ``"recorded"`` by the run, ``"fitted"``, from the ``"catalogue"``,
+    or ``"ample"``: nothing was ever short.
+    """
     model: str = ""
     """The catalogue's names for the run's model and card."""
     hardware: str = ""
@@ -288,12 +334,17 @@ class Reproduction:
             "fit_simulations": self.fit.simulations,
             "simulate_seconds": self.seconds,
             "clock_alignment_s": self.run.alignment.spread,
+            "num_blocks": self.engine.config.num_blocks,
+            "pool": self.pool,
+            "preemptions": self.engine.totals.preemptions,
             "cost": self.fit.cost.get_params(),
             "prior": self.fit.prior.get_params(),
         }
 
     def plot(self) -> Figure:
-        """Return running and waiting sequences over time, simulated over measured."""
+        """Return running and waiting sequences over time, simulated over measured, and below them the share of the pool
+        in use if the run has logged it.
+        """
         from pagedlab.lab import plots
 
         each = [r for record in self.engine.steps for r in record.each()]
@@ -301,9 +352,13 @@ class Reproduction:
         simulated = {"running": [r.num_running for r in each], "waiting": [r.num_waiting for r in each]}
         ticks = self.run.ticks
         measured = {"running": [t.running for t in ticks], "waiting": [t.waiting for t in ticks]}
-        return plots.of_queue(
-            end, simulated, [t.t for t in ticks], measured, f"{self.run.model}: simulated over measured"
-        )
+        share = None
+        if any(t.kv_cache_pct for t in ticks):
+            slots = self.engine.cache.device.capacity * self.engine.config.block_size
+            held = [r.memory.stored + r.memory.reserved + r.memory.internal for r in each]
+            share = [100 * h / slots for h in held], [t.kv_cache_pct for t in ticks]
+        title = f"{self.run.model}: simulated over measured"
+        return plots.of_queue(end, simulated, [t.t for t in ticks], measured, title, share)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return headings and rows: measure, error over all requests, error over those not fitted on."""
@@ -332,7 +387,7 @@ def reproduce(
     workload: str | Path | Workload,
     *,
     model: str | None = None,
-    hardware: str = HARDWARE,
+    hardware: str | None = None,
     fit_on: int | None = None,
     prior: Calibrated | None = None,
     source: Reproduction | None = None,
@@ -341,13 +396,15 @@ def reproduce(
 ) -> Reproduction:
     """Simulate the vLLM run in ``folder`` after fitting the cost model to its first ``fit_on`` requests (0: no fit).
 
-    ``model`` is the catalogue's name for the run's model, ``hardware`` its card; they make the ``prior`` of
-    the fit and nothing else. ``source`` is another run, on any model and card, already reproduced: its coefficients,
-    moved here by the catalogue's ratios, are then the prior, and fewer requests are enough (``fit_on`` is `FIT_ON`,
-    and `MOVED_FIT_ON` with a source). ``num_blocks`` is the pool's size, which these logs do not hold (left out:
-    never short).
+    ``model`` is the catalogue's name for the run's model, ``hardware`` its card (None: what the run says it ran on, or
+    `HARDWARE`); they make the ``prior`` of the fit, and say how much room there is. ``source`` is another run, on any
+    model and card, already reproduced: its coefficients, moved here by the catalogue's ratios, are then the prior, and
+    fewer requests are enough (``fit_on`` is `FIT_ON`, and `MOVED_FIT_ON` with a source). ``num_blocks`` is the pool's
+    size. Left out, it is what the run has recorded; where it has not, and a simulation comes near what the catalogue
+    says fits, it is fitted too (see `pagedlab.lab.vllm_pool`).
     """
     run = VllmRun.load(folder)
+    hardware = hardware or run.device or HARDWARE
     given = workload if isinstance(workload, Workload) else load(workload)
     if prior is not None and source is not None:
         raise ConfigError("prior and source exclude each other")
@@ -355,7 +412,8 @@ def reproduce(
         fit_on = min(FIT_ON if source is None else MOVED_FIT_ON, len(run.requests))
     if not 0 <= fit_on <= len(run.requests):
         raise ConfigError(f"fit_on must be from 0 to {len(run.requests)}, not {fit_on}")
-    simulator = Simulator(run, given, num_blocks=num_blocks)
+    pool = "given" if num_blocks is not None else "ample" if run.num_blocks is None else "recorded"
+    simulator = Simulator(run, given, num_blocks=num_blocks or run.num_blocks)
     start = prior or Calibrated.prior(model or run.model, hardware, run.tensor_parallel)
     if source is not None:
         start = source.fit.cost.scaled(
@@ -368,14 +426,28 @@ def reproduce(
         )
     if sigma is None:
         sigma = PRIOR_SIGMA if source is None else MOVED_SIGMA
-    fit = calibrate(run.before(fit_on), simulator, start, sigma) if fit_on else Fit(start, start, 0.0, 0)
-    return replace(compare(run, simulator, fit, fit_on), model=model or run.model, hardware=hardware)
+    guess = None
+    if pool == "ample":
+        size = simulator.config.block_size
+        likely = likely_pool(run, model or run.model, hardware, size)
+        if simulator.most_in_use(start) >= ROOMY * likely:
+            pool = "fitted" if fit_on else "catalogue"
+            guess = PoolGuess(max(likely, simulator.least_blocks), POOL_SIGMA)
+            observed = observed_pool(run.before(fit_on), simulator.requests, size) if fit_on else None
+            if observed is not None:
+                guess = PoolGuess(max(observed, simulator.least_blocks), SEEN_POOL_SIGMA)
+    if fit_on:
+        fit = calibrate(run.before(fit_on), simulator, start, sigma, pool=guess)
+    else:
+        fit = Fit(start, start, 0.0, 0, None if guess is None else guess.num_blocks)
+    done = compare(run, simulator, fit, fit_on)
+    return replace(done, pool=pool, model=model or run.model, hardware=hardware)
 
 
 def compare(run: VllmRun, simulator: Simulator, fit: Fit, fitted_on: int) -> Reproduction:
     """Simulate the whole run under a fit and set it beside what was measured."""
     began = time.perf_counter()
-    engine = simulator.serve(fit.cost)
+    engine = simulator.serve(fit.cost, num_blocks=fit.num_blocks)
     seconds = time.perf_counter() - began
     rest = min(fitted_on, len(run.requests) - 1)
     return Reproduction(
