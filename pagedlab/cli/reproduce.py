@@ -90,9 +90,9 @@ def vllm_run(
         f"one simulation of the run: {done.seconds:.2f} s"
     )
     if done.pool != "ample":
-        config = done.engine.config
+        config, ranks = done.served.config, len(done.served.engines)
         typer.echo(
-            f"pool: {config.num_blocks:,} blocks of {config.block_size} ({done.pool}), "
-            f"{done.engine.totals.preemptions} preemptions"
+            f"pool: {f'{ranks} x ' if ranks > 1 else ''}{config.num_blocks:,} blocks of {config.block_size} "
+            f"({done.pool}), {done.served.preemptions} preemptions"
         )
     typer.echo(f"{done.fit.cost}")

@@ -123,7 +123,7 @@ class VllmRun:
     ticks: tuple[VllmTick, ...] = ()
     alignment: Alignment
     num_blocks: int | None = None
-    """Blocks of the pool, if the run recorded them."""
+    """Blocks of all ranks' pools together, if the run recorded them."""
     device: str | None = None
     """What the card is called, if the run says so."""
     _meta: _Meta = field(compare=False)
@@ -185,6 +185,11 @@ class VllmRun:
     def tensor_parallel(self) -> int:
         """Accelerators that share each layer."""
         return int(self.settings.get("tensor_parallel_size") or 1)
+
+    @property
+    def data_parallel(self) -> int:
+        """Engines that share the requests."""
+        return int(self.settings.get("data_parallel_size") or 1)
 
     def before(self, n: int) -> Self:
         """Return what may be read when a cost model is calibrated on the first ``n`` requests to arrive.

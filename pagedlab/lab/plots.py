@@ -185,11 +185,11 @@ def _goodput_point(name: str, run: Run, bounds: dict[str, float]) -> tuple[float
 
 def of_queue(
     times: Any,
-    simulated: dict[str, list[int]],
+    simulated: Mapping[str, Any],
     ticks: list[float],
     measured: dict[str, list[int]],
     title: str,
-    share: tuple[list[float], list[float]] | None = None,
+    share: tuple[Any, list[float]] | None = None,
 ) -> Figure:
     """Return running and waiting sequences over time: lines are simulated, dots measured.
 

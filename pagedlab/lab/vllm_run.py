@@ -25,14 +25,12 @@ from numpy.typing import NDArray
 from pagedlab.config import Config
 from pagedlab.costs import Calibrated
 from pagedlab.costs.vllm_log import VllmRequest, VllmRun
-from pagedlab.engine.clock import VirtualClock, to_seconds
-from pagedlab.engine.engine import Engine
+from pagedlab.engine.clock import to_seconds
 from pagedlab.engine.request import Request, SamplingParams
 from pagedlab.engine.script import Script
 from pagedlab.errors import ConfigError, WorkloadError
-from pagedlab.events import EventLog
-from pagedlab.executors.simulated import SimulatedExecutor
 from pagedlab.lab.vllm_pool import PoolGuess, likely_pool, observed_pool
+from pagedlab.lab.vllm_ranks import Ranks
 from pagedlab.workloads import Workload, load
 
 if TYPE_CHECKING:
@@ -92,9 +90,10 @@ def engine_config(run: VllmRun, num_blocks: int) -> Config:
 def requests_of(run: VllmRun, workload: Workload) -> list[Request]:
     """Return the run's requests with the workload's tokens, in order of arrival.
 
-    Raises `WorkloadError` if they are not those of the run: another number, or other lengths.
+    A run may have stopped before the workload's end. Raises `WorkloadError` if they are not those of the run: fewer, or
+    of other lengths.
     """
-    if len(workload) != len(run.requests):
+    if len(workload) < len(run.requests):
         raise WorkloadError(f"the run has {len(run.requests)} requests, {workload.name} has {len(workload)}")
     by_arrival = list(workload)
     numbered = _numbered(run.requests)
@@ -122,14 +121,6 @@ def _numbered(requests: Sequence[VllmRequest]) -> list[int]:
     return numbers if sorted(numbers) == list(range(len(requests))) else list(range(len(requests)))
 
 
-@dataclass(frozen=True, slots=True)
-class Times:
-    """When a request's first and last token came, in seconds on the run's clock."""
-
-    first: float
-    last: float
-
-
 class Simulator:
     """The run's requests and settings, ready to be simulated under any cost model."""
 
@@ -149,43 +140,38 @@ class Simulator:
         self.least_blocks = max(needs) + 1
         """The fewest with which every request can run."""
         self.config = engine_config(run, num_blocks or sum(needs) + 1)
+        """Of each rank."""
+        self.ranks = run.data_parallel
 
     def serve(
         self, cost: Calibrated, *, until: Sequence[str] | None = None, num_blocks: int | None = None
-    ) -> Engine:
-        """Return the engine after serving all, or as soon as the requests ``until`` have ended.
+    ) -> Ranks:
+        """Return the engines after serving all, or as soon as the requests ``until`` have ended.
 
-        ``num_blocks`` is another size of the pool.
+        ``num_blocks`` is another size of each rank's pool.
         """
-        executor = SimulatedExecutor(cost, outputs=self._scripts)
         config = self.config if num_blocks is None else self.config.replace(num_blocks=num_blocks)
-        engine = Engine(config, executor, clock=VirtualClock(), events=EventLog(enabled=False))
-        for request in self.requests:
-            engine.add(request)
-        wanted = None if until is None else [engine.groups[r] for r in until]
-        while engine.step():
-            if wanted is not None and not wanted[-1].unfinished:
-                wanted = [g for g in wanted if g.unfinished]
-                if not wanted:
-                    break
-        return engine
+        # Ranks that share experts wait for each other.
+        ranks = Ranks(config, cost, self._scripts, ranks=self.ranks, lockstep=cost.experts > 0)
+        ranks.serve(self.requests, until)
+        return ranks
 
     def most_in_use(self, cost: Calibrated) -> int:
-        """Return the largest number of blocks that are in use at once."""
-        memory = self.serve(cost).steps.columns()[2]
-        held = memory["stored"] + memory["reserved"] + memory["internal"]
-        return int(held.max()) // self.config.block_size
+        """Return the largest number of blocks that are in use at once, of a rank."""
+        return int(self.serve(cost).over_time()["blocks"].max()) // self.ranks
 
     def times(self, cost: Calibrated, ids: Sequence[str], num_blocks: int | None = None) -> Array:
         """Return first and last token times [len(ids), 2] in seconds."""
-        engine = self.serve(cost, until=ids, num_blocks=num_blocks)
-        rows = []
-        for name in ids:
-            (seq,) = engine.groups[name].sequences
-            assert seq.first_token_at is not None
-            assert seq.finished_at is not None
-            rows.append((to_seconds(seq.first_token_at), to_seconds(seq.finished_at)))
-        return np.array(rows)
+        served = self.serve(cost, until=ids, num_blocks=num_blocks)
+        return np.array([_times(served, name) for name in ids])
+
+
+def _times(served: Ranks, name: str) -> tuple[float, float]:
+    """Return when a request's first and last token came, in seconds on the run's clock."""
+    seq = served.sequence(name)
+    assert seq.first_token_at is not None
+    assert seq.finished_at is not None
+    return to_seconds(seq.first_token_at), to_seconds(seq.finished_at)
 
 
 @dataclass(frozen=True)
@@ -266,7 +252,7 @@ _KINDS = ("ttft", "tpot", "latency")
 _QUANTILES = (50, 90, 99)
 
 
-def errors(run: VllmRun, engine: Engine, skip: int = 0) -> dict[str, float]:
+def errors(run: VllmRun, served: Ranks, skip: int = 0) -> dict[str, float]:
     """Return signed relative errors of the simulation over the run's requests but the first ``skip``.
 
     ``ttft_mean``, ``ttft_p50`` ... : of the mean and the percentiles (0.01: 1% above the measured).
@@ -275,10 +261,7 @@ def errors(run: VllmRun, engine: Engine, skip: int = 0) -> dict[str, float]:
     truth: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     said: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     for logged in run.requests[skip:]:
-        (seq,) = engine.groups[logged.request_id].sequences
-        assert seq.first_token_at is not None
-        assert seq.finished_at is not None
-        first, last = to_seconds(seq.first_token_at), to_seconds(seq.finished_at)
+        first, last = _times(served, logged.request_id)
         truth["ttft"].append(logged.ttft)
         truth["latency"].append(logged.latency)
         said["ttft"].append(first - logged.arrival)
@@ -311,7 +294,8 @@ class Reproduction:
     prompt_tokens: int
     seconds: float
     """What simulating the run once took."""
-    engine: Engine = field(repr=False)
+    served: Ranks = field(repr=False)
+    """What the simulation leaves behind."""
     pool: str = "ample"
     """Where the pool's size comes from: ``"given"``, ``"recorded"`` by the run, ``"fitted"``, from the ``"catalogue"``,
     or ``"ample"``: nothing was ever short.
@@ -334,9 +318,10 @@ class Reproduction:
             "fit_simulations": self.fit.simulations,
             "simulate_seconds": self.seconds,
             "clock_alignment_s": self.run.alignment.spread,
-            "num_blocks": self.engine.config.num_blocks,
+            "num_blocks": self.served.config.num_blocks,
             "pool": self.pool,
-            "preemptions": self.engine.totals.preemptions,
+            "ranks": len(self.served.engines),
+            "preemptions": self.served.preemptions,
             "cost": self.fit.cost.get_params(),
             "prior": self.fit.prior.get_params(),
         }
@@ -347,18 +332,15 @@ class Reproduction:
         """
         from pagedlab.lab import plots
 
-        each = [r for record in self.engine.steps for r in record.each()]
-        end = [to_seconds(r.start + r.duration) for r in each]
-        simulated = {"running": [r.num_running for r in each], "waiting": [r.num_waiting for r in each]}
+        simulated = self.served.over_time()
         ticks = self.run.ticks
         measured = {"running": [t.running for t in ticks], "waiting": [t.waiting for t in ticks]}
         share = None
         if any(t.kv_cache_pct for t in ticks):
-            slots = self.engine.cache.device.capacity * self.engine.config.block_size
-            held = [r.memory.stored + r.memory.reserved + r.memory.internal for r in each]
-            share = [100 * h / slots for h in held], [t.kv_cache_pct for t in ticks]
+            share = 100 * simulated["share"], [t.kv_cache_pct for t in ticks]
         title = f"{self.run.model}: simulated over measured"
-        return plots.of_queue(end, simulated, [t.t for t in ticks], measured, title, share)
+        shown = {name: simulated[name] for name in measured}
+        return plots.of_queue(simulated["time"], shown, [t.t for t in ticks], measured, title, share)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return headings and rows: measure, error over all requests, error over those not fitted on."""
@@ -413,7 +395,8 @@ def reproduce(
     if not 0 <= fit_on <= len(run.requests):
         raise ConfigError(f"fit_on must be from 0 to {len(run.requests)}, not {fit_on}")
     pool = "given" if num_blocks is not None else "ample" if run.num_blocks is None else "recorded"
-    simulator = Simulator(run, given, num_blocks=num_blocks or run.num_blocks)
+    recorded = None if run.num_blocks is None else run.num_blocks // run.data_parallel
+    simulator = Simulator(run, given, num_blocks=num_blocks or recorded)
     start = prior or Calibrated.prior(model or run.model, hardware, run.tensor_parallel)
     if source is not None:
         start = source.fit.cost.scaled(
@@ -435,7 +418,8 @@ def reproduce(
             guess = PoolGuess(max(likely, simulator.least_blocks), POOL_SIGMA)
             observed = observed_pool(run.before(fit_on), simulator.requests, size) if fit_on else None
             if observed is not None:
-                guess = PoolGuess(max(observed, simulator.least_blocks), SEEN_POOL_SIGMA)
+                each = observed // run.data_parallel
+                guess = PoolGuess(max(each, simulator.least_blocks), SEEN_POOL_SIGMA)
     if fit_on:
         fit = calibrate(run.before(fit_on), simulator, start, sigma, pool=guess)
     else:
@@ -447,10 +431,10 @@ def reproduce(
 def compare(run: VllmRun, simulator: Simulator, fit: Fit, fitted_on: int) -> Reproduction:
     """Simulate the whole run under a fit and set it beside what was measured."""
     began = time.perf_counter()
-    engine = simulator.serve(fit.cost, num_blocks=fit.num_blocks)
+    served = simulator.serve(fit.cost, num_blocks=fit.num_blocks)
     seconds = time.perf_counter() - began
     rest = min(fitted_on, len(run.requests) - 1)
     return Reproduction(
-        run, fit, fitted_on, errors(run, engine), errors(run, engine, rest), engine.totals.hit_tokens,
-        engine.totals.prompt_tokens, seconds, engine,
+        run, fit, fitted_on, errors(run, served), errors(run, served, rest), served.hit_tokens,
+        served.prompt_tokens, seconds, served,
     )  # fmt: skip
