@@ -7,7 +7,7 @@ A run is a folder (the format of LLMServingSim's ``bench/examples``)::
     requests.jsonl    one object a request: request_id, input_toks, output_toks, arrival_time,
                       queued_ts, scheduled_ts, first_token_ts, last_token_ts
     timeseries.csv    one row a second: t, prompt_throughput, gen_throughput, running, waiting, kv_cache_pct
-    config.json       may be there: the cards, as that simulator is told of them
+    config.json       may be there, or in the folder above: the cards, as that simulator is told of them
 
 **One clock.** ``arrival_time`` is on the epoch's clock and the other four stamps are on the machine's monotonic one,
 whose zero is arbitrary. Every request is queued after it arrives, and the first to come finds an idle engine, so the
@@ -269,7 +269,7 @@ class _Meta:
             started_at=None if started is None else _epoch(path, started),
             num_requests=count,
             num_blocks=blocks,
-            device=device if isinstance(device, str) else _card(path.with_name("config.json")),
+            device=device if isinstance(device, str) else _card(path.parent) or _card(path.parent.parent),
         )
 
 
@@ -284,10 +284,11 @@ def _part(data: Mapping[str, Any], key: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _card(path: Path) -> str | None:
+def _card(folder: Path) -> str | None:
     """Return the card that a simulator's description of the cluster names, if there is one and it can be read."""
     try:
-        name = json.loads(path.read_text(encoding="utf-8"))["nodes"][0]["instances"][0]["hardware"]
+        cluster = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name = cluster["nodes"][0]["instances"][0]["hardware"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return name if isinstance(name, str) else None

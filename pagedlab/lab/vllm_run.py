@@ -63,6 +63,8 @@ scale."""
 MOST_STEPS = 15
 ROOMY = 0.8
 """A pool of which a simulation uses less than this share is taken to be never short."""
+POOR = 0.04
+"""A fit whose latencies are off by more, on average, has not understood the run."""
 
 
 def engine_config(run: VllmRun, num_blocks: int) -> Config:
@@ -184,6 +186,10 @@ class Fit:
     simulations: int
     num_blocks: int | None = None
     """The pool's size, where it was fitted too."""
+    loss: float = 0.0
+    """Half the sum of squared residuals: smaller is better."""
+    latency_error: float = 0.0
+    """Mean absolute relative error of the latency of the requests that it was fitted to."""
 
 
 def calibrate(
@@ -243,7 +249,9 @@ def calibrate(
         residuals, np.zeros(len(uncertain)), jac=slopes, max_nfev=MOST_STEPS, xtol=1e-3, ftol=1e-4
     )
     cost, blocks = model(solved.x)
-    return Fit(cost, prior, time.perf_counter() - began, calls, blocks)
+    off = np.abs((simulator.times(cost, ids, blocks) - arrival)[:, 1] / truth[:, 1] - 1)
+    seconds = time.perf_counter() - began
+    return Fit(cost, prior, seconds, calls + 1, blocks, float(solved.cost), float(off.mean()))
 
 
 # ---- the comparison ------------------------------------------------------------------------------------------------
@@ -409,23 +417,49 @@ def reproduce(
         )
     if sigma is None:
         sigma = PRIOR_SIGMA if source is None else MOVED_SIGMA
-    guess = None
-    if pool == "ample":
-        size = simulator.config.block_size
-        likely = likely_pool(run, model or run.model, hardware, size)
-        if simulator.most_in_use(start) >= ROOMY * likely:
-            pool = "fitted" if fit_on else "catalogue"
-            guess = PoolGuess(max(likely, simulator.least_blocks), POOL_SIGMA)
-            observed = observed_pool(run.before(fit_on), simulator.requests, size) if fit_on else None
-            if observed is not None:
-                each = observed // run.data_parallel
-                guess = PoolGuess(max(each, simulator.least_blocks), SEEN_POOL_SIGMA)
-    if fit_on:
-        fit = calibrate(run.before(fit_on), simulator, start, sigma, pool=guess)
+    if not fit_on:
+        room = _likely(run, simulator, start, model or run.model, hardware) if pool == "ample" else None
+        fit = Fit(start, start, 0.0, 0, room)
+        pool = pool if room is None else "catalogue"
+    elif pool == "ample":
+        fit = _fit_with_pool(run, run.before(fit_on), simulator, start, sigma, model or run.model, hardware)
+        pool = pool if fit.num_blocks is None else "fitted"
     else:
-        fit = Fit(start, start, 0.0, 0, None if guess is None else guess.num_blocks)
+        fit = calibrate(run.before(fit_on), simulator, start, sigma)
     done = compare(run, simulator, fit, fit_on)
     return replace(done, pool=pool, model=model or run.model, hardware=hardware)
+
+
+def _likely(run: VllmRun, simulator: Simulator, cost: Calibrated, model: str, hardware: str) -> int | None:
+    """Return the pool that the catalogue says fits, unless a simulation has no need of so much."""
+    likely = likely_pool(run, model, hardware, simulator.config.block_size)
+    return None if simulator.most_in_use(cost) < ROOMY * likely else max(likely, simulator.least_blocks)
+
+
+def _fit_with_pool(
+    run: VllmRun,
+    seen: VllmRun,
+    simulator: Simulator,
+    prior: Calibrated,
+    sigma: float,
+    model: str,
+    hardware: str,
+) -> Fit:
+    """Fit where the pool's size is not known: it is fitted too if there may have been a shortage, either because the
+    catalogue says so, or because no cost model explains without one what was seen.
+    """
+    observed = observed_pool(seen, simulator.requests, simulator.config.block_size)
+    guess = None
+    if observed is not None:
+        guess = PoolGuess(max(observed // run.data_parallel, simulator.least_blocks), SEEN_POOL_SIGMA)
+    if (likely := _likely(run, simulator, prior, model, hardware)) is not None:
+        return calibrate(seen, simulator, prior, sigma, pool=guess or PoolGuess(likely, POOL_SIGMA))
+    fit = calibrate(seen, simulator, prior, sigma)
+    if guess is None or fit.latency_error < POOR:
+        return fit
+    other = calibrate(seen, simulator, prior, sigma, pool=guess)
+    both = fit.seconds + other.seconds, fit.simulations + other.simulations
+    return replace(other if other.loss < fit.loss else fit, seconds=both[0], simulations=both[1])
 
 
 def compare(run: VllmRun, simulator: Simulator, fit: Fit, fitted_on: int) -> Reproduction:
