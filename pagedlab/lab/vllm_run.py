@@ -333,6 +333,7 @@ class Reproduction:
             "prompt_tokens": self.prompt_tokens,
             "fit_seconds": self.fit.seconds,
             "fit_simulations": self.fit.simulations,
+            "fit_latency_error": self.fit.latency_error,
             "simulate_seconds": self.seconds,
             "clock_alignment_s": self.run.alignment.spread,
             "num_blocks": self.served.config.num_blocks,
