@@ -170,6 +170,16 @@ def test_without_a_fit_the_catalogue_says_what_fits(short_run: tuple[Path, Workl
     assert done.served.config.num_blocks == likely
 
 
+@pytest.mark.parametrize("model", ["somebody/Else", "meta-llama/Llama-3.1-70B"])
+def test_what_the_catalogue_does_not_know_is_never_short(model: str, tmp_path: Path) -> None:
+    """A model that is not in it, or one that does not fit into the card as it stands there."""
+    given = workload(20)
+    logged(tmp_path, given, None, model=model)
+    done = reproduce(tmp_path, given, fit_on=0, prior=TRUTH, hardware="rtx-4090")
+    assert done.pool == "ample"
+    assert done.served.preemptions == 0
+
+
 def test_a_recorded_pool_is_taken(tmp_path: Path) -> None:
     given = workload(40)
     facts = {

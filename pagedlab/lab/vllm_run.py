@@ -441,9 +441,16 @@ def reproduce(
 
 
 def _likely(run: VllmRun, simulator: Simulator, cost: Calibrated, model: str, hardware: str) -> int | None:
-    """Return the pool that the catalogue says fits, unless a simulation has no need of so much."""
-    likely = likely_pool(run, model, hardware, simulator.config.block_size)
-    return None if simulator.most_in_use(cost) < ROOMY * likely else max(likely, simulator.least_blocks)
+    """Return the pool that the catalogue says fits, unless a simulation has no need of so much, or the catalogue knows
+    nothing of it: the model is not in it (and somebody gave a prior), or is too large for the card as it stands there.
+    """
+    try:
+        likely = likely_pool(run, model, hardware, simulator.config.block_size)
+    except ConfigError:
+        return None
+    if not likely or simulator.most_in_use(cost) < ROOMY * likely:
+        return None
+    return max(likely, simulator.least_blocks)
 
 
 def _fit_with_pool(
