@@ -423,7 +423,7 @@ BUGS = [
         Engine,
         "_commit",
         "cache.distrust(seq.table)",
-        "cache.commit(seq.table, dict(deciding).get(seq, 1))",
+        "cache.commit(seq.table, seq.remaining)",
         "failures",
     ),
     Bug(

@@ -490,7 +490,8 @@ class Bad(Eviction):
 
 def run_pytest(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     root = str(Path(pl.__file__).parent.parent)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    alone = "--rootdir", str(folder), "-p", "no:cacheprovider", "-p", "no:xdist"
+    command = [sys.executable, "-m", "pytest", "-q", *alone, *arguments]
     path = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), root)))
     return subprocess.run(
         command,
