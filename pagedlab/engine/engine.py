@@ -276,7 +276,7 @@ class Engine(Arrivals):
         )
 
     def _work(self, entries: dict[Sequence, int]) -> StepWork:
-        """Return what the step has to do, in sums."""
+        """Return what the step has to do, in sums, and note who samples."""
         decodes = len(self.decoders.members)
         context = self.decoders.context + decodes
         tokens = pairs = chunks = 0
@@ -397,7 +397,7 @@ class Engine(Arrivals):
 
     def _record(self, work: StepWork, start: int, count: int, growth: int, first: Memory | None) -> None:
         total = self.events.time - start
-        last = self.cache.memory(self.decoders.behind)
+        last = self.memory()
         self.steps.note(
             self.events.step - count + 1,
             start,

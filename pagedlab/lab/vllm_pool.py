@@ -45,11 +45,10 @@ def observed_pool(seen: VllmRun, requests: Sequence[Request], block_size: int) -
     ``requests`` are the same with their tokens (and perhaps more). A beginning that several have counts once; an output
     grows evenly between its first and last token.
     """
+    tokens = {r.request_id: r.prompt for r in requests}
     prompts = {
-        r.request_id: make_prefix(list(r.prompt), block_size).keys(len(r.prompt) // block_size)[
-            : len(r.prompt) // block_size
-        ]
-        for r in requests
+        r.request_id: make_prefix(list(tokens[r.request_id]), block_size).keys(r.input_tokens // block_size)
+        for r in seen.requests
     }
     waiters = [r for r in seen.requests if r.scheduled - r.queued > WAITED]
     demands = [_demand(now.scheduled, seen.requests, prompts, block_size) for now in waiters]

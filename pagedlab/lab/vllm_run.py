@@ -71,6 +71,11 @@ POOR = 0.04
 """A fit whose latencies are off by more, on average, has not understood the run."""
 
 
+def block_size_of(run: VllmRun) -> int:
+    """Return how many tokens a block of the run held."""
+    return int(run.settings.get("block_size") or BLOCK_SIZE)
+
+
 def engine_config(run: VllmRun, num_blocks: int) -> Config:
     """Return the configuration that stands for the run's engine settings.
 
@@ -81,7 +86,7 @@ def engine_config(run: VllmRun, num_blocks: int) -> Config:
     return Config.preset(
         "vllm",
         num_blocks=num_blocks,
-        block_size=int(said.get("block_size") or BLOCK_SIZE),
+        block_size=block_size_of(run),
         max_num_seqs=int(said.get("max_num_seqs") or 256),
         max_num_batched_tokens=int(said.get("max_num_batched_tokens") or 8192),
         reservation="full-prompt",
@@ -141,7 +146,7 @@ class Simulator:
             tokens = said if said is not None and len(said) == r.sampling.max_tokens else None
             self._scripts[r.request_id, 0] = Script(r.sampling.max_tokens, tokens, "length", unique)
         # Left out, nothing is ever short; one block is the null block.
-        size = engine_config(run, 2).block_size
+        size = block_size_of(run)
         needs = [-(-(len(r.prompt) + r.sampling.max_tokens) // size) for r in self.requests]
         self.least_blocks = max(needs) + 1
         """The fewest with which every request can run."""
@@ -427,15 +432,17 @@ def reproduce(
         )
     if sigma is None:
         sigma = PRIOR_SIGMA if source is None else MOVED_SIGMA
+    seen = run.before(max(fit_on, 1))
+    known_as = model or run.model, hardware
     if not fit_on:
-        room = _likely(run, simulator, start, model or run.model, hardware) if pool == "ample" else None
+        room = _likely(seen, simulator, start, *known_as) if pool == "ample" else None
         fit = Fit(start, start, 0.0, 0, room)
         pool = pool if room is None else "catalogue"
     elif pool == "ample":
-        fit = _fit_with_pool(run, run.before(fit_on), simulator, start, sigma, model or run.model, hardware)
+        fit = _fit_with_pool(seen, simulator, start, sigma, *known_as)
         pool = pool if fit.num_blocks is None else "fitted"
     else:
-        fit = calibrate(run.before(fit_on), simulator, start, sigma)
+        fit = calibrate(seen, simulator, start, sigma)
     done = compare(run, simulator, fit, fit_on)
     return replace(done, pool=pool, model=model or run.model, hardware=hardware)
 
@@ -454,13 +461,7 @@ def _likely(run: VllmRun, simulator: Simulator, cost: Calibrated, model: str, ha
 
 
 def _fit_with_pool(
-    run: VllmRun,
-    seen: VllmRun,
-    simulator: Simulator,
-    prior: Calibrated,
-    sigma: float,
-    model: str,
-    hardware: str,
+    seen: VllmRun, simulator: Simulator, prior: Calibrated, sigma: float, model: str, hardware: str
 ) -> Fit:
     """Fit where the pool's size is not known: it is fitted too if there may have been a shortage, either because the
     catalogue says so, or because no cost model explains without one what was seen.
@@ -468,8 +469,8 @@ def _fit_with_pool(
     observed = observed_pool(seen, simulator.requests, simulator.config.block_size)
     guess = None
     if observed is not None:
-        guess = PoolGuess(max(observed // run.data_parallel, simulator.least_blocks), SEEN_POOL_SIGMA)
-    if (likely := _likely(run, simulator, prior, model, hardware)) is not None:
+        guess = PoolGuess(max(observed // simulator.ranks, simulator.least_blocks), SEEN_POOL_SIGMA)
+    if (likely := _likely(seen, simulator, prior, model, hardware)) is not None:
         return calibrate(seen, simulator, prior, sigma, pool=guess or PoolGuess(likely, POOL_SIGMA))
     fit = calibrate(seen, simulator, prior, sigma)
     if guess is None or fit.latency_error < POOR:
